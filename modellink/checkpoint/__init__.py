@@ -1,0 +1,1 @@
+"""Weights on disk: one rule table between HF folders and Megatron checkpoints of every layout. Needs torch only."""

@@ -1,0 +1,79 @@
+"""The flags of the converter: those of ModelLink's original commands, and what they mean here."""
+
+from dataclasses import dataclass
+
+from modellink.config.fields import flag
+
+HF_LOADERS = ("llama2_hf", "qwen_hf", "hf")
+HF_FORMS = ("save_huggingface_llama", "save_huggingface_qwen")
+DTYPE_CHOICES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """What to convert.
+
+    The layout of a source is always read from disk.
+    """
+
+    model_type: str = flag("GPT", "kind of model; Qwen1.5 is a GPT model", choices=["GPT"])
+    loader: str = flag("megatron", "form of the source; llama2_hf, qwen_hf and hf all read a HF folder",
+                       names=["--from"], choices=[*HF_LOADERS, "megatron"])
+    saver: str = flag("megatron", "form of the target; hf writes a HF folder at --save-dir itself", names=["--to"],
+                      choices=["megatron", "hf"])
+    save_model_type: str = flag(
+        "megatron", "with saver megatron: the two huggingface forms write the same qwen2 folder SAVE_DIR/mg2hg",
+        choices=["megatron", *HF_FORMS])
+    load_dir: str | None = flag(None, "folder of the source", metavar="DIR")
+    save_dir: str | None = flag(
+        None, "folder of the target; for an export the HF folder whose config and tokenizer it takes", metavar="DIR")
+    hf_config_dir: str | None = flag(
+        None, "for an export: folder with config.json and tokenizer (default: SAVE_DIR, else LOAD_DIR/hf)",
+        metavar="DIR")
+    overwrite: bool = flag(False, "replace what an earlier conversion wrote to the target")
+    progress: bool = flag(False, "show the progress bar also without a terminal; --no-progress hides it on one")
+
+
+@dataclass(frozen=True)
+class TargetFlags:
+    """How to cut and store the weights."""
+
+    target_tensor_parallel_size: int | None = flag(
+        None, "tensor parallel size of the target (default: the Megatron source's, else 1)", type=int)
+    target_pipeline_parallel_size: int | None = flag(
+        None, "pipeline parallel size of the target (default: the Megatron source's, else 1)", type=int)
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "layers in each virtual stage: of the target, or of the source (checked) when the target is a HF folder",
+        type=int)
+    params_dtype: str | None = flag(None, "dtype of the written weights (default: the source's)",
+                                    choices=list(DTYPE_CHOICES))
+    make_vocab_size_divisible_by: int = flag(
+        1, "pad the vocabulary rows to a multiple of this times the tensor parallel size")
+
+
+@dataclass(frozen=True)
+class StatedFlags:
+    """What the source says itself; stating it otherwise is an error."""
+
+    add_qkv_bias: bool = flag(False, "query, key and value have a bias")
+    add_dense_bias: bool = flag(False, "the attention output has a bias; Qwen1.5 has none")
+    embed_layernorm: bool = flag(False, "the embedding is followed by a norm; Qwen1.5 has none")
+    w_pack: str | None = flag(None, "query, key and value are one HF tensor; false for Qwen1.5", nargs="?",
+                              metavar="BOOL")
+    true_vocab_size: int | None = flag(None, "vocabulary rows without padding", type=int)
+    tokenizer_model: str | None = flag(
+        None, "tokenizer file; it is copied to SAVE_DIR/hf with those of the HF folder", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class UnusedFlags:
+    """Accepted without effect."""
+
+    max_queue_size: int | None = flag(None, "no effect: tensors stream through one process", type=int)
+    checking: bool = flag(True, "no effect: every tensor's name and shape is always checked")
+    megatron_path: str | None = flag(None, "no effect: no Megatron code is imported", metavar="DIR")
+    vocab_file: str | None = flag(None, "no effect: vocabulary rows come from config.json", metavar="FILE")
+    use_mcore_models: bool = flag(False, "no effect: checkpoints always have megatron-core's names")
+
+
+SECTIONS = (ConvertFlags, TargetFlags, StatedFlags, UnusedFlags)

@@ -1,0 +1,112 @@
+"""The checks of a conversion before anything is written: what flags, source and config.json say of one another."""
+
+import dataclasses
+from pathlib import Path
+
+from modellink.checkpoint.convert_flags import StatedFlags, TargetFlags, UnusedFlags
+from modellink.checkpoint.hf import HFFolder
+from modellink.checkpoint.layout import Layout
+from modellink.checkpoint.megatron import MegatronCheckpoint
+from modellink.config.errors import ConfigError, ProblemList
+from modellink.config.model import ModelConfig
+
+# fields that change what the weights compute, except the vocabulary, which is padded in a checkpoint
+ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                "tie_word_embeddings", "rope_theta", "rms_norm_eps", "add_qkv_bias")
+
+
+def unused_line(unused: UnusedFlags, given: frozenset[str], to_hf: bool) -> str:
+    """One line that names the given flags without effect, or an empty string."""
+    names = {field.name: f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(unused)}
+    names["checking"] = "--checking" if unused.checking else "--no-checking"
+    if to_hf:
+        names["make_vocab_size_divisible_by"] = "--make-vocab-size-divisible-by (padding is cut from a HF folder)"
+        names["tokenizer_model"] = "--tokenizer-model (taken from the HF folder)"
+    used = [option for name, option in names.items() if name in given]
+    return f"without effect here: {', '.join(used)}" if used else ""
+
+
+def check_stated(stated: StatedFlags, given: frozenset[str], source: HFFolder | MegatronCheckpoint, origin: str,
+                 problems: ProblemList) -> ModelConfig:
+    """Compare the flags that describe the source with the source; the model, with a stated vocabulary taken over."""
+    model = source.model
+    asked: list[tuple[str, object, object]] = []
+    if "add_qkv_bias" in given:
+        asked.append(("--add-qkv-bias", stated.add_qkv_bias, model.add_qkv_bias))
+    asked.append(("--add-dense-bias", stated.add_dense_bias, False))
+    asked.append(("--embed-layernorm", stated.embed_layernorm, False))
+    if "w_pack" in given:
+        packed = (stated.w_pack or "true").lower() not in ("false", "0", "no")
+        asked.append(("--w-pack", packed, False))
+    if stated.true_vocab_size is not None:
+        padded = source.padded_vocab_size if isinstance(source, MegatronCheckpoint) else model.vocab_size
+        if isinstance(source, MegatronCheckpoint) and not source.vocab_size_is_known:
+            if not 0 < stated.true_vocab_size <= padded:
+                problems.add(f"--true-vocab-size {stated.true_vocab_size}: {origin} has {padded} vocabulary rows with "
+                             "padding; give a number up to that.")
+            else:
+                model = dataclasses.replace(model, vocab_size=stated.true_vocab_size)
+        else:
+            asked.append(("--true-vocab-size", stated.true_vocab_size, model.vocab_size))
+    for option, wish, fact in asked:
+        if wish != fact:
+            problems.add(f"{option} is {wish}, but {origin} says {fact}; leave the flag out, "
+                         "the source's value is used.")
+    return model
+
+
+def target_layout(target: TargetFlags, source: HFFolder | MegatronCheckpoint, problems: ProblemList) -> Layout:
+    """The layout to write; sizes that were not asked are the Megatron source's, or 1."""
+    old = source.layout if isinstance(source, MegatronCheckpoint) else Layout()
+    tensor = target.target_tensor_parallel_size or old.tensor
+    pipeline = target.target_pipeline_parallel_size or old.pipeline
+    per_chunk = target.num_layers_per_virtual_pipeline_stage
+    num_layers = source.model.num_layers
+    chunks = 1
+    if per_chunk:
+        chunks = num_layers // (pipeline * per_chunk)
+        if num_layers % (pipeline * per_chunk):
+            problems.add(f"--num-layers-per-virtual-pipeline-stage {per_chunk}: num_layers {num_layers} is not "
+                         f"divisible by pipeline parallel size {pipeline} x {per_chunk} = {pipeline * per_chunk}; "
+                         "change one of them.")
+            chunks = 1
+    layout = Layout(tensor, pipeline, chunks)
+    for problem in layout.check(source.model):
+        problems.add(problem)
+    return layout
+
+
+def check_source_virtual(target: TargetFlags, source: MegatronCheckpoint) -> None:
+    """Towards a HF folder the virtual stage size states the source."""
+    asked = target.num_layers_per_virtual_pipeline_stage
+    found = source.layout.layers_per_chunk(source.model.num_layers)
+    if asked is None or (asked == found and source.layout.pipeline > 1):
+        return
+    fact = (f"{found} layers per virtual stage" if source.layout.chunks > 1 else "no virtual stages")
+    raise ConfigError(f"--num-layers-per-virtual-pipeline-stage {asked}: the source {source.folder} was saved with "
+                      f"{fact} ({source.layout}); leave the flag out, the layout is read from disk.")
+
+
+def check_architecture(config: ModelConfig, saved: ModelConfig, source: MegatronCheckpoint, origin: str) -> ModelConfig:
+    """Compare a config.json with the checkpoint to export; the model to write.
+
+    Raises:
+        ConfigError: they contradict each other, with both values.
+    """
+    problems = []
+    for name in ARCHITECTURE:
+        if getattr(config, name) != getattr(saved, name):
+            problems.append(f"{name} is {getattr(config, name)} in {origin}, but {getattr(saved, name)} in the "
+                            f"checkpoint {source.folder}; give the right HF folder with --hf-config-dir.")
+    known = saved.vocab_size if saved.vocab_size != source.padded_vocab_size or source.vocab_size_is_known else None
+    if config.vocab_size > source.padded_vocab_size or known not in (None, config.vocab_size):
+        problems.append(f"vocab_size is {config.vocab_size} in {origin}, but the checkpoint {source.folder} has "
+                        f"{known or source.padded_vocab_size} rows; give the right HF folder with --hf-config-dir.")
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(saved, vocab_size=config.vocab_size)
+
+
+def same_folder(load_dir: Path, out: Path) -> None:
+    if load_dir.resolve() == out.resolve():
+        raise ConfigError(f"--save-dir {out}: is the folder the weights are read from; choose another folder.")

@@ -1,0 +1,184 @@
+"""Reads Megatron checkpoints of any layout by memory map, in HF coordinates."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modellink.checkpoint.chunks import LazyTensor, chunk_tensors, read_chunk
+from modellink.checkpoint.folders import (
+    RANK_FILE,
+    find_checkpoint,
+    has_checkpoint,
+    iteration_folder_name,
+    rank_folder_name,
+    write_tracker,
+)
+from modellink.checkpoint.qwen15 import chunk_rules
+from modellink.checkpoint.rank_file import load_rank_file, save_rank_file, write_rank_file
+from modellink.checkpoint.rules import Rule
+from modellink.checkpoint.saved_args import (
+    EMBEDDING_TABLE,
+    dtype_name,
+    layout_from_args,
+    model_from_args,
+    padded_vocab_size,
+    plain_args,
+    real_vocab_size,
+    saved_args,
+)
+from modellink.checkpoint.shapes import compare_shapes
+from modellink.config.errors import ConfigError
+from modellink.config.model import ModelConfig
+
+__all__ = ["LazyTensor", "MegatronCheckpoint", "chunk_tensors", "find_checkpoint", "has_checkpoint",
+           "iteration_folder_name", "load_rank_file", "open_megatron", "rank_folder_name", "read_chunk",
+           "save_rank_file", "saved_args", "write_rank_file", "write_tracker"]
+
+OPTIMIZER_KEYS = {"optimizer", "opt_param_scheduler"}
+
+
+class MegatronCheckpoint:
+    """An opened checkpoint; rank files are mapped when something in them is first asked for.
+
+    Attributes:
+        folder: the iteration folder.
+        iteration: 0 for a `release` without a number.
+        layout: the layout it was saved in.
+        model: the architecture; its vocab_size is the unpadded one where the checkpoint says it.
+        vocab_size_is_known: whether it does.
+        dtype: of the embedding.
+        padded_vocab_size: rows of the vocabulary table over all tensor ranks.
+        has_optimizer: whether optimizer state lies beside the weights.
+        args: the saved namespace as a dictionary.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._states: dict[tuple[int, int], dict[str, Any]] = {}
+        self._chunks: dict[tuple[int, int, int], dict[str, Tensor]] = {}
+        first = self._first_rank_file()
+        state = load_rank_file(first)
+        if "args" not in state or not hasattr(state["args"], "__dict__"):
+            raise ConfigError(f"{first}: no args in it, so its architecture is unknown; "
+                              "give a checkpoint saved by Megatron-LM or this program.")
+        self.args = plain_args(state["args"])
+        self.layout = layout_from_args(self.args, str(first))
+        tensors = self._model_of(state, 0, first)
+        shapes = {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
+        self.dtype: torch.dtype = tensors[EMBEDDING_TABLE].dtype if EMBEDDING_TABLE in shapes else torch.float32
+        self.model: ModelConfig = dataclasses.replace(model_from_args(self.args, shapes, str(first)),
+                                                      dtype=dtype_name(self.dtype))
+        self.padded_vocab_size = padded_vocab_size(self.args, shapes, str(first))
+        self.vocab_size_is_known = real_vocab_size(self.args, self.padded_vocab_size) is not None
+        self.iteration = int(state.get("iteration") or self.args.get("iteration") or 0)
+        self.has_optimizer = "optimizer" in state or (first.parent / "distrib_optim.pt").is_file()
+        problems = self.layout.check(self.model)
+        if problems:
+            raise ConfigError([f"{first}: {problem}" for problem in problems])
+        self._states[0, 0] = state
+        self._homes = self._index()
+
+    def _first_rank_file(self) -> Path:
+        if any((self.folder / name).exists() for name in (".metadata", "metadata.json")):
+            raise ConfigError(f"{self.folder}: a distributed (torch_dist) checkpoint, but only the per-rank layout "
+                              f"(mp_rank_*/{RANK_FILE}) can be read; save it with --ckpt-format torch.")
+        for name in ("mp_rank_00", "mp_rank_00_000"):
+            if (self.folder / name).is_dir():
+                return self.folder / name / RANK_FILE
+        there = sorted(path.name for path in self.folder.iterdir())[:6] or ["nothing"]
+        raise ConfigError(f"{self.folder}: neither mp_rank_00 nor mp_rank_00_000 is in it (it holds "
+                          f"{', '.join(there)}); copy the checkpoint again.")
+
+    def rank_path(self, tensor_rank: int, stage: int) -> Path:
+        return self.folder / rank_folder_name(self.layout, tensor_rank, stage) / RANK_FILE
+
+    def rank_state(self, tensor_rank: int, stage: int) -> dict[str, Any]:
+        """The whole dictionary of one rank file, its tensors memory-mapped."""
+        key = tensor_rank, stage
+        if key not in self._states:
+            self._states[key] = load_rank_file(self.rank_path(*key))
+        return self._states[key]
+
+    def read_common(self, tensor_rank: int = 0, stage: int = 0) -> dict[str, Any]:
+        """Everything in a rank file but model tensors and optimizer state: iteration, counters, rng_state ..."""
+        state = self.rank_state(tensor_rank, stage)
+        return {name: value for name, value in state.items()
+                if name not in OPTIMIZER_KEYS and not name.startswith("model")}
+
+    def chunk_state(self, tensor_rank: int, stage: int, chunk: int) -> dict[str, Tensor]:
+        """The tensors of one saved model chunk, checked against the rule table.
+
+        Raises:
+            ConfigError: unknown, missing or misshapen tensors, by name.
+        """
+        key = tensor_rank, stage, chunk
+        if key not in self._chunks:
+            path = self.rank_path(tensor_rank, stage)
+            tensors = self._model_of(self.rank_state(tensor_rank, stage), chunk, path)
+            wanted = {name: rule.local_shape(self.layout.tensor, self.padded_vocab_size)
+                      for name, rule in chunk_rules(self.model, self.layout, stage, chunk)}
+            found = {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
+            compare_shapes(str(path), wanted, found)
+            self._chunks[key] = {name: tensors[name].detach() for name in wanted}
+        return self._chunks[key]
+
+    def check(self) -> None:
+        """Open every rank file and compare every tensor's name and shape with the rule table."""
+        for stage in range(self.layout.pipeline):
+            for tensor_rank in range(self.layout.tensor):
+                for chunk in range(self.layout.chunks):
+                    self.chunk_state(tensor_rank, stage, chunk)
+
+    def _model_of(self, state: dict[str, Any], chunk: int, path: Path) -> dict[str, Any]:
+        key = f"model{chunk}" if self.layout.chunks > 1 else "model"
+        tensors = state.get(key)
+        if not isinstance(tensors, dict):
+            there = sorted(name for name in state if name.startswith("model")) or ["no model"]
+            raise ConfigError(f"{path}: {key!r} is missing, though its args say {self.layout}; it holds "
+                              f"{', '.join(there)}: the file belongs to another layout, copy the checkpoint again.")
+        if "language_model" in tensors:
+            raise ConfigError(f"{path}: saved by Megatron-LM's legacy model classes (language_model), which this "
+                              "program does not read; save it with --use-mcore-models.")
+        return {name: value for name, value in tensors.items() if not name.endswith("_extra_state")}
+
+    def _index(self) -> dict[str, tuple[Rule, str, int, int]]:
+        """For each HF tensor its rule, and the local name, stage and chunk of the Megatron tensor that packs it."""
+        homes: dict[str, tuple[Rule, str, int, int]] = {}
+        for chunk in range(self.layout.chunks):
+            for stage in range(self.layout.pipeline):
+                for name, rule in chunk_rules(self.model, self.layout, stage, chunk):
+                    for tensor in rule.hf:
+                        homes.setdefault(tensor.name, (rule, name, stage, chunk))
+        return homes
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        _, local, stage, chunk = self._homes[name]
+        return self.chunk_state(0, stage, chunk)[local].dtype
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> list[Tensor]:
+        """Indices [start, stop) of a HF tensor along `dim`, as mapped views in order; opens only the ranks it needs."""
+        rule, local, stage, chunk = self._homes[name]
+        if rule.dim is None:
+            return [self.chunk_state(0, stage, chunk)[local].narrow(dim, start, stop - start)]
+        views = []
+        for tensor_rank in range(self.layout.tensor):
+            offset = 0
+            for piece in rule.pieces(self.layout.tensor, tensor_rank, self.padded_vocab_size):
+                low, high = max(start, piece.start), min(stop, piece.stop)
+                if piece.name == name and low < high:
+                    whole = self.chunk_state(tensor_rank, stage, chunk)[local]
+                    views.append(whole.narrow(dim, offset + low - piece.start, high - low))
+                offset += piece.stop - piece.start
+        return views
+
+
+def open_megatron(folder: Path, iteration: int | None = None) -> MegatronCheckpoint:
+    """Open the checkpoint that a folder's tracker names, or its `iteration`.
+
+    Raises:
+        ConfigError: see `find_checkpoint` and `load_rank_file`; also other formats and architectures.
+    """
+    return MegatronCheckpoint(find_checkpoint(Path(folder), iteration))

@@ -1,0 +1,135 @@
+"""One `model_optim_rng.pt`: written record by record, read by memory map.
+
+The file is what torch.save writes: a stored (uncompressed) zip with a pickle `data.pkl`, whose tensors name records
+`data/0`, `data/1` ..., each 64-byte aligned. torch.save needs every tensor in memory at once; here each is fetched,
+written and dropped.
+"""
+
+import io
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from modellink.checkpoint import unpickle
+from modellink.checkpoint.chunks import LazyTensor
+from modellink.checkpoint.stored_zip import StoredZip
+from modellink.config.errors import ConfigError
+from modellink.config.files import check_real, write_beside
+
+# parts of a checkpoint of Megatron-LM that hold objects of its own classes; nothing here uses those objects
+OBJECTS_EXPECTED_IN = {"args", "rerun_state_machine"}
+STORAGES = {
+    torch.float32: torch.FloatStorage, torch.float64: torch.DoubleStorage, torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.uint8: torch.ByteStorage, torch.int8: torch.CharStorage,
+    torch.int16: torch.ShortStorage, torch.int32: torch.IntStorage, torch.int64: torch.LongStorage,
+    torch.bool: torch.BoolStorage,
+}
+
+
+class _Record:
+    """Stands for a tensor's storage while pickling."""
+
+    def __init__(self, key: int, tensor: Tensor | LazyTensor):
+        self.key = key
+        self.tensor = tensor
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.tensor.shape).numel()
+
+    def blocks(self) -> Iterator[Tensor]:
+        if isinstance(self.tensor, LazyTensor):
+            yield from self.tensor.blocks()
+        else:
+            yield self.tensor.detach().cpu().contiguous()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as torch does, and notes each as a record to write afterwards."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file, protocol=2)
+        self.records: list[_Record] = []
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, _Record):
+            return "storage", STORAGES[value.tensor.dtype], str(value.key), "cpu", value.numel
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, (Tensor, LazyTensor)):
+            return NotImplemented
+        if value.dtype not in STORAGES:
+            raise TypeError(f"cannot save a tensor of {value.dtype}")
+        record = _Record(len(self.records), value)
+        self.records.append(record)
+        stride = torch.empty(tuple(value.shape), device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (record, 0, tuple(value.shape), stride, False, OrderedDict())
+
+
+def write_rank_file(path: Path, state: dict[str, Any]) -> Generator[int, None, None]:
+    """Write `state` to `path`; yields after each tensor the bytes written, so that several files can advance in turn.
+
+    Args:
+        state: nested dicts and lists of tensors, LazyTensors and plain values. Tensors are stored contiguous, on CPU.
+    """
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(state)
+    with StoredZip(path) as archive:
+        for name, content in {"data.pkl": buffer.getvalue(), "version": b"3\n",
+                              "byteorder": sys.byteorder.encode()}.items():
+            archive.add(name, len(content), content)
+        for record in pickler.records:
+            size = record.numel * record.tensor.dtype.itemsize
+            archive.add(f"data/{record.key}", size, record.blocks())
+            yield size
+
+
+def save_rank_file(path: Path, state: dict[str, Any]) -> None:
+    """Write one rank file atomically: beside `path`, flushed to disk, then renamed.
+
+    Raises:
+        ConfigError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    with write_beside(Path(path)) as beside:
+        for _ in write_rank_file(beside, state):
+            pass
+
+
+def load_rank_file(path: Path, *, mmap: bool = True) -> dict[str, Any]:
+    """Read a rank file written by us, Megatron-LM or torch.save, through the allow-list of `unpickle`.
+
+    Unknown classes inside `args` and `rerun_state_machine` become inert placeholders; elsewhere they are refused.
+
+    Args:
+        mmap: tensors are views of the mapped file (copy before writing into them) instead of copies in memory.
+
+    Raises:
+        ConfigError: the file is missing, truncated, not a torch zip file, or holds objects that are not data.
+    """
+    path = check_real(Path(path))
+    if not zipfile.is_zipfile(path):
+        raise ConfigError(f"{path}: not a whole torch checkpoint file (truncated, or written before torch 1.6); "
+                          "copy it again or save it with a newer torch.")
+    try:
+        state = torch.load(str(path), map_location="cpu", mmap=mmap, weights_only=False, pickle_module=unpickle)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: torch cannot read this checkpoint file ({reason}); copy it again.") from error
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path}: holds a {type(state).__name__} instead of a checkpoint's dictionary; "
+                          "give a Megatron checkpoint.")
+    data = {key: value for key, value in state.items() if key not in OBJECTS_EXPECTED_IN}
+    found = unpickle.find_placeholder(data)
+    if found:
+        raise ConfigError(f"{path}: {found[0].strip('/')} is an object of {found[1]}, which is not plain checkpoint "
+                          "data and is not loaded; save the checkpoint without it.")
+    return state

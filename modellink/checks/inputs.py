@@ -1,0 +1,97 @@
+"""Files a run reads: data sets and the tokenizer."""
+
+from modellink.config.errors import ConfigError, ProblemList
+from modellink.config.files import read_json
+from modellink.config.model import ModelConfig
+from modellink.config.settings import Settings
+
+PER_SPLIT = (("--train-data-path", "train_data_path"), ("--valid-data-path", "valid_data_path"),
+             ("--test-data-path", "test_data_path"))
+
+
+def check_data(settings: Settings, problems: ProblemList) -> None:
+    """The data flags must agree with each other, and every data set must be there and whole."""
+    data = settings.data
+    split_paths = [(flag, getattr(data, field)) for flag, field in PER_SPLIT if getattr(data, field) is not None]
+    if data.mock_data:
+        given = [flag for flag, paths in (("--data-path", data.data_path), *split_paths) if paths is not None]
+        if given:
+            problems.add(f"--mock-data and {given[0]} are both given: leave out the one that is not wanted.")
+        return
+    if data.data_path is None and data.train_data_path is None:
+        if split_paths:
+            problems.add(f"{split_paths[0][0]} is given, but --train-data-path is missing: add it, "
+                         "training needs data.")
+        else:
+            problems.add("--data-path is missing: give the prefix of a data set made by tools/preprocess_data.py, "
+                         "or --mock-data.")
+    if data.data_path is not None and split_paths:
+        problems.add(f"--data-path and {split_paths[0][0]} are both given: use --data-path with --split, or a path for "
+                     "each split.")
+        return
+    for flag, words in (("--data-path", data.data_path), *split_paths):
+        if words is not None:
+            _check_prefixes(words, flag, problems)
+    if data.split is not None:
+        _check_split(data.split, problems)
+
+
+def _check_prefixes(words: list[str], flag: str, problems: ProblemList) -> None:
+    from modellink.data.blend import parse_blend  # imports torch: only for real data
+    from modellink.data.indexed import IndexedDataset
+
+    try:
+        prefixes, _ = parse_blend(words, flag)
+    except ConfigError as error:
+        problems.add(error.problems[0])
+        return
+    for prefix in prefixes:
+        dataset = problems.catch(lambda prefix=prefix: IndexedDataset(prefix))  # type: ignore[misc]
+        if dataset is not None and len(dataset) == 0:  # type: ignore[arg-type]
+            problems.add(f"{flag} {prefix}: the data set holds no document; run tools/preprocess_data.py on "
+                         "text again.")
+
+
+def _check_split(split: str, problems: ProblemList) -> None:
+    try:
+        shares = [float(word) for word in split.replace("/", ",").split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        problems.add(f"--split {split}: give up to three shares of train, validation and test, for example 969,30,1.")
+    elif shares[0] == 0:
+        problems.add(f"--split {split}: the share of training data is 0; raise it.")
+
+
+def check_tokenizer(settings: Settings, model: ModelConfig | None, problems: ProblemList) -> None:
+    """The tokenizer folder must be whole and its words must fit the model's rows."""
+    path = settings.data.tokenizer_name_or_path
+    if path is None:
+        if not settings.data.mock_data:
+            problems.add("--tokenizer-name-or-path is missing: give the folder of the model's tokenizer.")
+        return
+    words = problems.catch(lambda: count_words(path))
+    if model is not None and isinstance(words, int) and words > model.vocab_size:
+        problems.add(f"--tokenizer-name-or-path {path}: the tokenizer has {words} words, but the model has only "
+                     f"{model.vocab_size} vocabulary rows; use the model's own tokenizer.")
+
+
+def count_words(path: str) -> int:
+    """Highest token id of a tokenizer folder plus 1, read from tokenizer.json where there is one.
+
+    Every rank asks this, so it does not import transformers unless it must.
+    """
+    from modellink.data.tokenizer import check_tokenizer_folder, load_tokenizer
+
+    folder = check_tokenizer_folder(path)
+    if not (folder / "tokenizer.json").is_file():
+        return len(load_tokenizer(path))
+    content = read_json(folder / "tokenizer.json")
+    try:
+        vocabulary = content["model"]["vocab"]
+        ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
+        ids.update(token["id"] for token in content.get("added_tokens") or [])
+        return max(ids) + 1
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / 'tokenizer.json'}: not a tokenizer file (no model.vocab); "
+                          "fetch the tokenizer files of the model again.") from error

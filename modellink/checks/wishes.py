@@ -1,0 +1,54 @@
+"""Flags that are wishes: one line says which have no effect and what is used instead."""
+
+from modellink.config.settings import Settings
+from modellink.parallel.dims import ParallelDims
+
+# wish -> (devices where modellink.ops runs a fused kernel for it, the form used elsewhere)
+KERNELS: dict[str, tuple[frozenset[str], str]] = {
+    "use_flash_attn": (frozenset({"cuda"}), "torch's scaled_dot_product_attention"),
+    "use_fused_rmsnorm": (frozenset({"cuda"}), "torch's rms_norm"),
+    "use_fused_rotary_pos_emb": (frozenset(), "rotary embedding of elementwise operations"),
+    "use_fused_swiglu": (frozenset(), "SwiGLU of elementwise operations"),
+    "use_mc2": (frozenset(), "matrix product, then its communication"),
+    "jit_compile": (frozenset(), "operators as they are"),
+    "masked_softmax_fusion": (frozenset(), "attention that never holds the scores"),
+    "gradient_accumulation_fusion": (frozenset(), "a separate addition to the fp32 gradient"),
+}
+# booleans that this program always has on: section, field, what it always does
+ALWAYS: tuple[tuple[str, str, str], ...] = (
+    ("model", "use_mcore_models", "the model is always megatron-core's"),
+    ("device", "attention_softmax_in_fp32", "the softmax of attention is always in fp32"),
+    ("train", "accumulate_allreduce_grads_in_fp32", "gradients are always summed in fp32"),
+    ("checkpoint", "exit_on_missing_checkpoint", "a --load folder without a checkpoint always stops the run"),
+    ("logging", "log_throughput", "the metric line always has the throughput"),
+)
+
+
+def kernel_wishes(settings: Settings) -> list[str]:
+    """The kernel flags that were switched on."""
+    return [field for field in KERNELS if getattr(settings.device, field)]
+
+
+def wish_notices(settings: Settings, dims: ParallelDims, device: str, backend: str) -> list[str]:
+    """Lines for wishes that have no effect.
+
+    Args:
+        settings: the command line.
+        dims: the layout.
+        device: name of the device the run uses, empty when unknown.
+        backend: the communication backend of that device, empty when unknown.
+    """
+    notices = []
+    unmet = [field for field in kernel_wishes(settings) if device not in KERNELS[field][0]]
+    if unmet and device:
+        flags = ", ".join("--" + field.replace("_", "-") for field in unmet)
+        notices.append(f"{flags}: not available on {device}; used instead: "
+                       f"{'; '.join(KERNELS[field][1] for field in unmet)}.")
+    off = [(field, truth) for section, field, truth in ALWAYS if not getattr(getattr(settings, section), field)]
+    notices += [f"--no-{field.replace('_', '-')} has no effect: {truth}." for field, truth in off]
+    if settings.parallel.sequence_parallel and dims.tensor == 1:
+        notices.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1.")
+    asked = settings.parallel.distributed_backend
+    if backend and asked not in ("auto", backend):
+        notices.append(f"--distributed-backend {asked}: {device} uses its own, {backend}.")
+    return notices

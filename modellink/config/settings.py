@@ -1,0 +1,255 @@
+"""Every setting of training, generation and evaluation, one section a purpose; names and defaults are Megatron-LM's.
+
+A default that differs from Megatron-LM says so in its help. The architecture's values default to None here: they
+come from the checkpoint's config.json or the `--model` preset (`modellink.models.resolve`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from modellink.config.fields import flag
+from modellink.config.parser import parse_sections
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Model: a preset or config.json, and flags that restate it."""
+
+    model: str | None = flag(None, "preset (qwen15-0.5b ... qwen15-110b), a config.json or its folder")
+    num_layers: int | None = flag(None, "number of transformer layers", type=int)
+    hidden_size: int | None = flag(None, "hidden size", type=int)
+    ffn_hidden_size: int | None = flag(None, "width of the gated MLP", type=int)
+    num_attention_heads: int | None = flag(None, "number of query heads", type=int)
+    group_query_attention: bool = flag(False, "the model has fewer key/value groups than heads")
+    num_query_groups: int | None = flag(None, "number of key/value groups", type=int)
+    kv_channels: int | None = flag(None, "size of a head", type=int)
+    vocab_size: int | None = flag(None, "rows of the embedding table before padding", type=int)
+    padded_vocab_size: int | None = flag(None, "rows of the embedding table after padding; checked", type=int)
+    make_vocab_size_divisible_by: int = flag(
+        1, "pad the vocabulary to a multiple of this times TP (Megatron-LM's own default is 128)")
+    max_position_embeddings: int | None = flag(None, "longest position the run may use", type=int)
+    position_embedding_type: str = flag("rope", "position embedding; Qwen1.5 has rope", choices=["rope"])
+    use_rotary_position_embeddings: bool = flag(True, "rotary positions; Qwen1.5 always has them")
+    rotary_base: float | None = flag(None, "base of the rotary embedding", type=float)
+    rotary_percent: float = flag(1.0, "share of a head that is rotated; Qwen1.5 rotates all")
+    normalization: str = flag("RMSNorm", "normalisation; Qwen1.5 has RMSNorm", choices=["RMSNorm", "LayerNorm"])
+    norm_epsilon: float | None = flag(None, "epsilon of the norms", names=["--layernorm-epsilon"], type=float)
+    swiglu: bool = flag(True, "gated SiLU MLP; Qwen1.5 always has it")
+    untie_embeddings_and_output_weights: bool = flag(False, "the head has weights of its own")
+    bias_linear: bool = flag(False, "bias on every linear layer; Qwen1.5 has none", names=["--add-bias-linear"],
+                             off_names=["--disable-bias-linear"])
+    add_qkv_bias: bool = flag(True, "bias on query, key and value; Qwen1.5 always has it")
+    init_method_std: float | None = flag(
+        None, "standard deviation of random weights (default: the model's)", type=float)
+    attention_dropout: float = flag(0.0, "dropout on attention weights (Megatron-LM's own default is 0.1)")
+    hidden_dropout: float = flag(0.0, "dropout on hidden states (Megatron-LM's own default is 0.1)")
+    use_mcore_models: bool = flag(True, "the model is always megatron-core's")
+    transformer_impl: str = flag("local", "layer specification", choices=["local"])
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """Parallel layout."""
+
+    tensor_model_parallel_size: int = flag(1, "tensor parallel ranks (TP)")
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "layers in each model chunk of the interleaved pipeline (VPP)", type=int)
+    sequence_parallel: bool = flag(False, "split norms and dropout along the sequence; has no effect with TP 1")
+    use_distributed_optimizer: bool = flag(False, "shard optimizer state over data parallel ranks")
+    overlap_grad_reduce: bool = flag(False, "reduce gradients while the backward pass still runs")
+    overlap_param_gather: bool = flag(
+        False, "gather parameters in the forward pass; needs --use-distributed-optimizer and --overlap-grad-reduce")
+    distributed_backend: str = flag(
+        "auto", "communication backend; every choice means the device's own (gloo, nccl or hccl)",
+        choices=["auto", "nccl", "hccl", "gloo"])
+    distributed_timeout_minutes: int = flag(10, "a collective that waits longer ends the job")
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """Device and wishes for faster kernels (used where the device has them, otherwise one line says what is used)."""
+
+    device: str = flag(
+        "auto", "where to run; auto takes the best that is usable", choices=["auto", "npu", "cuda", "cpu"])
+    use_flash_attn: bool = flag(False, "wish: fused attention")
+    use_fused_rmsnorm: bool = flag(False, "wish: fused RMSNorm")
+    use_fused_rotary_pos_emb: bool = flag(False, "wish: fused rotary embedding")
+    use_fused_swiglu: bool = flag(False, "wish: fused SwiGLU")
+    use_mc2: bool = flag(False, "wish: tensor parallel matrix products that overlap their communication")
+    jit_compile: bool = flag(False, "wish: operator compilation on the NPU")
+    masked_softmax_fusion: bool = flag(False, "wish: fused masked softmax; attention here never holds the scores")
+    gradient_accumulation_fusion: bool = flag(False, "wish: accumulate weight gradients inside the matrix product")
+    attention_softmax_in_fp32: bool = flag(True, "softmax of attention in fp32; always so")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Training run."""
+
+    train_iters: int | None = flag(None, "number of steps", type=int)
+    micro_batch_size: int = flag(1, "samples in one forward pass of one data parallel rank")
+    global_batch_size: int | None = flag(
+        None, "samples of one step (default: one micro batch a rank, PP with interleaving)", type=int)
+    rampup_batch_size: list[str] | None = flag(
+        None, "batch ramp-up: START INCREMENT SAMPLES", nargs=3, metavar="N")
+    seq_length: int | None = flag(None, "tokens of one sample", type=int)
+    seed: int = flag(1234, "seed of weights, dropout and data order")
+    exit_interval: int | None = flag(None, "save and exit after a step that this number divides", type=int)
+    exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes", type=float)
+    eval_interval: int = flag(1000, "steps between evaluations")
+    eval_iters: int = flag(100, "steps of one evaluation; none when the validation split is empty")
+    recompute_granularity: str | None = flag(
+        None, "recompute activations in the backward pass", choices=["full", "selective"])
+    recompute_method: str | None = flag(None, "which layers full recompute takes", choices=["uniform", "block"])
+    recompute_num_layers: int | None = flag(
+        None, "layers in one recomputed unit (uniform) or per stage (block)", type=int)
+    recompute_activations: bool = flag(False, "the same as --recompute-granularity selective")
+    precision: str = flag("fp32", "precision of the training run (bf16 and fp16 keep fp32 master weights)",
+                          switches={"--fp32": "fp32", "--bf16": "bf16", "--fp16": "fp16"})
+    loss_scale: float | None = flag(None, "constant loss scale for fp16 (default: dynamic)", type=float)
+    initial_loss_scale: float = flag(float(2**32), "first value of the dynamic loss scale")
+    min_loss_scale: float = flag(1.0, "smallest dynamic loss scale")
+    loss_scale_window: int = flag(1000, "steps without overflow before the scale doubles")
+    hysteresis: int = flag(2, "overflows before the scale halves")
+    accumulate_allreduce_grads_in_fp32: bool = flag(True, "gradients are summed in fp32; always so")
+    finetune: bool = flag(False, "load weights only: step 0, no optimizer, no RNG, data from the start")
+    is_instruction_dataset: bool = flag(False, "the data has instruction labels")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Optimizer and schedule."""
+
+    optimizer: str = flag("adam", "optimizer", choices=["adam"])
+    lr: float | None = flag(None, "peak learning rate", type=float)
+    min_lr: float = flag(0.0, "smallest learning rate of the schedule")
+    lr_decay_style: str = flag("linear", "shape of the schedule", choices=["constant", "linear", "cosine"])
+    lr_decay_iters: int | None = flag(None, "steps until --min-lr (default: --train-iters)", type=int)
+    lr_warmup_fraction: float | None = flag(None, "share of the decay steps spent on warm-up", type=float)
+    lr_warmup_iters: int = flag(0, "steps of warm-up")
+    lr_warmup_init: float = flag(0.0, "learning rate at the start of warm-up")
+    override_opt_param_scheduler: bool = flag(
+        False, "on resume take the schedule of the flags instead of the checkpoint's")
+    weight_decay: float = flag(0.01, "weight decay of matrices (biases and norms have none)")
+    adam_beta1: float = flag(0.9, "decay of the first moment")
+    adam_beta2: float = flag(0.999, "decay of the second moment")
+    adam_eps: float = flag(1e-8, "Adam's epsilon")
+    clip_grad: float = flag(1.0, "largest gradient norm; 0 switches clipping off")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Data."""
+
+    data_path: list[str] | None = flag(None, "prefix of .bin/.idx files, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...",
+                                       nargs="+", metavar="PREFIX")
+    split: str | None = flag(None, "shares of train, validation and test (default: 969,30,1)")
+    train_data_path: list[str] | None = flag(None, "prefix or blend for training", nargs="+", metavar="PREFIX")
+    valid_data_path: list[str] | None = flag(None, "prefix or blend for validation", nargs="+", metavar="PREFIX")
+    test_data_path: list[str] | None = flag(None, "prefix or blend for the test", nargs="+", metavar="PREFIX")
+    data_cache_path: str | None = flag(None, "folder for index caches (default: beside the data)")
+    mock_data: bool = flag(False, "train on generated tokens; needs neither data nor tokenizer")
+    shared_storage: bool = flag(False, "nodes share a disk; never assumed, so this has no effect")
+    num_workers: int = flag(
+        0, "reader processes per rank; 0 reads in the training process (Megatron-LM's default is 2)")
+    tokenizer_type: str = flag("PretrainedFromHF", "kind of tokenizer", choices=["PretrainedFromHF"])
+    tokenizer_name_or_path: str | None = flag(
+        None, "folder of the tokenizer (a HF folder)", names=["--tokenizer-model"])
+    tokenizer_not_use_fast: bool = flag(False, "use the slow tokenizer class")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints."""
+
+    load: str | None = flag(None, "checkpoint folder to start from")
+    save: str | None = flag(None, "checkpoint folder to write")
+    save_interval: int | None = flag(None, "steps between checkpoints (the last step is always saved)", type=int)
+    load_optim: bool = flag(True, "load optimizer state")
+    load_rng: bool = flag(True, "load random states")
+    save_optim: bool = flag(True, "save optimizer state")
+    save_rng: bool = flag(True, "save random states")
+    exit_on_missing_checkpoint: bool = flag(True, "stop when --load holds no checkpoint; always so")
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """Logging."""
+
+    log_interval: int = flag(1, "steps between metric lines (Megatron-LM's own default is 100)")
+    log_throughput: bool = flag(True, "tokens/s and TFLOP/s in the metric line; always there")
+    tensorboard_dir: str | None = flag(None, "TensorBoard folder (default: --save folder/tensorboard)")
+    metrics_file: str | None = flag(None, "JSON lines of metrics (default: --save folder/metrics.jsonl)")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Generation."""
+
+    task: list[str] | None = flag(
+        None, "what to do: greedy, do_sample, or an evaluation task", nargs="+", metavar="TASK")
+    prompt: list[str] | None = flag(None, "prompts", nargs="+", metavar="TEXT")
+    max_new_tokens: int = flag(128, "most tokens to generate")
+    max_length: int | None = flag(None, "most tokens of prompt and answer together", type=int)
+    temperature: float = flag(0.7, "sampling temperature")
+    top_k: int = flag(50, "sample from this many best tokens; 0 = all")
+    top_p: float = flag(0.95, "sample from the smallest set with this probability; 1 = all")
+
+
+@dataclass(frozen=True)
+class LaterSettings:
+    """Flags of commands that this version does not run yet; they parse, and a program that would need them says so."""
+
+    lora_target_modules: list[str] | None = flag(None, "LoRA: target modules", nargs="+", metavar="MODULE")
+    lora_load: str | None = flag(None, "LoRA: adapter folder")
+    lora_r: int = flag(16, "LoRA: rank")
+    lora_alpha: int = flag(32, "LoRA: scale")
+    lora_modules_to_save: list[str] | None = flag(None, "LoRA: modules trained whole", nargs="+", metavar="MODULE")
+    lora_register_forward_hook: list[str] | None = flag(None, "LoRA: no effect", nargs="+", metavar="MODULE")
+    inference_prompt_type: str | None = flag(None, "chat: prompt template")
+    hf_chat_template: bool = flag(False, "chat: the model's own template")
+    add_eos_token: list[str] | None = flag(None, "chat: further stop tokens", nargs="+", metavar="TOKEN")
+    task_data_path: list[str] | None = flag(None, "evaluation: data folders", nargs="+", metavar="PATH")
+    evaluation_batch_size: int = flag(1, "evaluation: questions at once")
+    chat_template: bool = flag(True, "evaluation: wrap questions in the chat template")
+    instruction_template: str | None = flag(None, "evaluation: text around a question")
+    greedy: bool = flag(False, "evaluation: greedy answers")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All sections, and which fields the command line gave."""
+
+    model: ModelSettings
+    parallel: ParallelSettings
+    device: DeviceSettings
+    train: TrainSettings
+    optimizer: OptimizerSettings
+    data: DataSettings
+    checkpoint: CheckpointSettings
+    logging: LoggingSettings
+    generation: GenerationSettings
+    later: LaterSettings
+    given: frozenset[str] = frozenset()
+
+
+SECTIONS: tuple[type, ...] = (ModelSettings, ParallelSettings, DeviceSettings, TrainSettings, OptimizerSettings,
+                              DataSettings, CheckpointSettings, LoggingSettings, GenerationSettings, LaterSettings)
+
+
+def parse_settings(prog: str, description: str, argv: Sequence[str] | None = None) -> Settings:
+    """Parse a command line of Megatron/ModelLink flags.
+
+    Raises:
+        ConfigError: an unknown flag (with near matches) or a value of the wrong kind.
+    """
+    sections, given = parse_sections(prog, description, SECTIONS, argv)
+    values: dict[str, Any] = {field.name: section for field, section in zip(fields(Settings), sections)}
+    return Settings(**values, given=given)
+
+
+def section_fields() -> list[tuple[type, list]]:
+    """Every section with its fields, for the table in docs/flags.md."""
+    return [(section, list(fields(section))) for section in SECTIONS]

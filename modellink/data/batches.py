@@ -1,0 +1,63 @@
+"""What readers hand to workers: batches of rows that know where they come from."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from modellink.config.errors import ConfigError
+
+BATCH_ROWS = 1000
+BATCH_BYTES = 512 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of one file.
+
+    Attributes:
+        path: the file.
+        unit: what the numbers count, `line` or `row`.
+        numbers: line or row of each row in the file, from 1.
+        rows: JSON texts (bytes), or tuples with one value per wanted column.
+    """
+
+    path: Path
+    unit: str
+    numbers: list[int]
+    rows: list[Any]
+
+    def place(self, i: int) -> str:
+        """Where row `i` stands, for messages."""
+        return f"{self.path}, {self.unit} {self.numbers[i]}"
+
+
+def group(path: Path, unit: str, rows: Iterable[tuple[int, Any, int]]) -> Iterator[Batch]:
+    """Batches of at most BATCH_ROWS rows and about BATCH_BYTES.
+
+    Args:
+        rows: (number, row, size in bytes or characters).
+    """
+    numbers: list[int] = []
+    values: list[Any] = []
+    total = 0
+    for number, value, size in rows:
+        numbers.append(number)
+        values.append(value)
+        total += size
+        if len(values) == BATCH_ROWS or total >= BATCH_BYTES:
+            yield Batch(path, unit, numbers, values)
+            numbers, values, total = [], [], 0
+    if values:
+        yield Batch(path, unit, numbers, values)
+
+
+def missing_column(place: str, column: str, found: Iterable[str]) -> ConfigError:
+    """The sentence for a column that is not there."""
+    names = ", ".join(found) or "none"
+    return ConfigError(f"{place}: no column {column!r}, the columns are {names}; name the right one with --json-keys.")
+
+
+def not_utf8(place: str, error: UnicodeDecodeError) -> ConfigError:
+    """The sentence for bytes that are no UTF-8 text."""
+    return ConfigError(f"{place}: not UTF-8 text ({error.reason}); convert the file to UTF-8.")

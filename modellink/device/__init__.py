@@ -1,0 +1,1 @@
+"""What an accelerator is, and the one place (with `ops`) that names one."""

@@ -1,0 +1,52 @@
+"""The protocol of a device, which every other room talks to instead of a vendor's module."""
+
+from typing import Any, Protocol
+
+import torch
+
+
+class Device(Protocol):
+    """One kind of accelerator, seen from one rank.
+
+    Attributes:
+        name: `cpu`, `cuda` or `npu`; also torch's device type.
+        backend: torch.distributed backend for tensors on this device.
+        namespace: the module that plays the part of `torch.cuda` for megatron-core on this device.
+    """
+
+    name: str
+    backend: str
+    namespace: Any
+
+    def unusable_reason(self) -> str | None:
+        """None when the device can be used here, otherwise one sentence why not."""
+
+    def set_current(self, local_rank: int) -> torch.device:
+        """Bind this process to the accelerator of its local rank and return it."""
+
+    def current(self) -> torch.device:
+        """The device tensors of this rank live on."""
+
+    def count(self) -> int:
+        """Accelerators visible to this process (a CPU counts once)."""
+
+    def synchronize(self) -> None:
+        """Wait for the work queued on the device."""
+
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated (host memory on cpu)."""
+
+    def peak_memory(self) -> int:
+        """Largest number of bytes this process held, in bytes."""
+
+    def product_name(self) -> str:
+        """The vendor's name of the device, for the table of peak rates; 'cpu' on a CPU."""
+
+    def rng_state(self) -> torch.Tensor:
+        """State of the device's default generator, a uint8 CPU tensor."""
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore a state from `rng_state`."""
+
+    def libraries(self) -> dict[str, str]:
+        """Driver and library versions for `modellink doctor`."""

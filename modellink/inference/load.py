@@ -1,0 +1,54 @@
+"""From a checked run to an engine with weights.
+
+Import this module only after the device was chosen (`modellink.start`): it imports megatron.core.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from megatron.core import parallel_state
+
+from modellink.checkpoint.chunks import Source
+from modellink.checkpoint.folders import has_checkpoint
+from modellink.checkpoint.hf import open_hf
+from modellink.checkpoint.layout import Layout
+from modellink.checkpoint.load_model import load_model
+from modellink.checkpoint.megatron import open_megatron
+from modellink.device.base import Device
+from modellink.inference.engine import Engine
+from modellink.models.build import DTYPES, build_chunks, transformer_config
+from modellink.models.run import Run
+
+
+def open_weights(folder: Path) -> Source:
+    """A Megatron checkpoint of any layout, or a HF folder."""
+    if not has_checkpoint(folder) and (folder / "config.json").is_file():
+        return open_hf(folder)
+    return open_megatron(folder)
+
+
+def for_generation(run: Run, source: Source) -> Run:
+    """The run with what generation decides: one chunk a stage, no sequence parallelism (a step has one token), and
+    the precision of the weights when the command line gives none."""
+    settings = run.settings
+    if "precision" not in settings.given:
+        precision = next(name for name, dtype in DTYPES.items() if dtype is source.dtype)
+        settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision=precision))
+    dims = dataclasses.replace(run.dims, chunks=1, sequence_parallel=False)
+    return dataclasses.replace(run, settings=settings, dims=dims)
+
+
+def load_engine(run: Run, device: Device) -> Engine:
+    """Build this rank's part of the model, fill it from `--load` and put an engine around it."""
+    assert run.settings.checkpoint.load is not None, "prepare_run asks for --load"
+    source = open_weights(Path(run.settings.checkpoint.load))
+    run = for_generation(run, source)
+    # random weights would be overwritten at once
+    chunks = build_chunks(run, transformer_config(run, device.name, perform_initialization=False))
+    current = device.current()
+    for chunk in chunks:
+        chunk.to(current)
+    load_model(chunks, source, Layout(run.dims.tensor, run.dims.pipeline),
+               parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
+               padded_vocab_size=run.padded_vocab_size)
+    return Engine(chunks, run, current)

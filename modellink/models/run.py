@@ -1,0 +1,32 @@
+"""What a program runs: settings merged with the model's architecture and the layout, checked."""
+
+from dataclasses import dataclass, field
+
+from modellink.config.model import ModelConfig
+from modellink.config.settings import Settings
+from modellink.parallel.dims import ParallelDims
+
+
+@dataclass(frozen=True)
+class Run:
+    """One resolved run, made by `modellink.runtime.prepare_run`.
+
+    Attributes:
+        settings: the command line.
+        model: the architecture.
+        origins: for each field of `model`, where its value came from.
+        dims: the parallel layout.
+        padded_vocab_size: rows of the embedding table, a multiple of TP.
+        seq_length: tokens of one sample.
+        global_batch_size: samples of one step after ramp-up.
+        notices: lines to print once at start (wishes that have no effect, what was chosen and why).
+    """
+
+    settings: Settings
+    model: ModelConfig
+    origins: dict[str, str]
+    dims: ParallelDims
+    padded_vocab_size: int
+    seq_length: int
+    global_batch_size: int
+    notices: tuple[str, ...] = field(default=())

@@ -1,0 +1,45 @@
+"""AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) in the form megatron-core expects."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """AdamW by torch's fused kernel, with the step count in the parameter group.
+
+    megatron-core's distributed optimizer saves and reshards only optimizers of this form (the one of Apex and
+    Transformer Engine): `step` belongs to the group, a parameter's state is `exp_avg` and `exp_avg_sq`.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, **unused: Any):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                                  "bias_correction": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            # also without parameters: every rank of a group must count the same steps
+            group["step"] = group.get("step", 0) + 1
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                state = self.state[parameter]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+            step = torch.tensor(float(group["step"]), device=parameters[0].device)
+            torch._fused_adamw_(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [step] * len(parameters),
+                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+                weight_decay=group["weight_decay"], eps=group["eps"],
+                amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
+            )

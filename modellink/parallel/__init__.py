@@ -1,0 +1,1 @@
+"""Parallel degrees, process groups and seeds."""

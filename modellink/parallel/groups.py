@@ -1,0 +1,67 @@
+"""Starts torch.distributed and megatron-core's process groups for this rank, and the seeds of its layout."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from modellink.device.base import Device
+from modellink.parallel.dims import ParallelDims
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where this process is in the job, as the launcher's environment says."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> "Rank":
+        """RANK, WORLD_SIZE and LOCAL_RANK of torch's launcher; a plain process is rank 0 of 1."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)),
+                   int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def start_groups(device: Device, dims: ParallelDims, timeout_minutes: int) -> None:
+    """Join the job: one default group, then the tensor, pipeline and data parallel groups."""
+    from megatron.core import parallel_state
+
+    rank = Rank.from_environment()
+    current = device.set_current(rank.local_rank)
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        device_id = current if device.name == "cuda" else None
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(device.backend, timeout=timeout, device_id=device_id)
+        else:  # a plain process: no port is needed
+            dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout,
+                                    device_id=device_id)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=dims.tensor,
+        pipeline_model_parallel_size=dims.pipeline,
+        virtual_pipeline_model_parallel_size=dims.chunks if dims.chunks > 1 else None,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed weights and dropout: pipeline stages differ, tensor parallel ranks share all but their dropout tracker."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()  # as Megatron-LM does
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
+
+
+def stop_groups() -> None:
+    """Leave the job in order, so that no rank reports a lost connection."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

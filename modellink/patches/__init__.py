@@ -1,0 +1,1 @@
+"""The ledger of changes to megatron-core; the last resort after flags, specs and subclasses."""

@@ -1,0 +1,73 @@
+"""Every change to megatron-core: what, where, why, and when it can go.
+
+Applied once by `apply_patches`, never on import.
+
+The rewrite for the device itself, and the switched-off jit fuser, are in `modellink.device.retarget`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from modellink.device.base import Device
+from modellink.ops.adamw import FusedAdamW
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change.
+
+    Attributes:
+        name: short name.
+        target: the dotted name that changes.
+        devices: devices it is applied on.
+        core_versions: megatron-core versions it was tried with.
+        why: what goes wrong without it.
+        remove_when: the condition under which it is no longer needed.
+        apply: makes the change for a device.
+    """
+
+    name: str
+    target: str
+    devices: tuple[str, ...]
+    core_versions: str
+    why: str
+    remove_when: str
+    apply: Callable[[Device], None]
+
+
+def _rng_state(device: Device) -> None:
+    module: Any = import_module("megatron.core.tensor_parallel.random")
+    module._get_cuda_rng_state = lambda *args, **options: device.rng_state()
+    module._set_cuda_rng_state = lambda state, *args, **options: device.set_rng_state(state)
+
+
+def _fused_adam(device: Device) -> None:
+    optimizer: Any = import_module("megatron.core.optimizer")
+    distributed: Any = import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer.Adam = FusedAdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.Adam = FusedAdamW
+    distributed.HAVE_APEX_OR_TE = True
+    distributed.USING_APEX_OPTIMIZER = True
+
+
+ALL_DEVICES = ("cpu", "cuda", "npu")
+
+LEDGER: tuple[Patch, ...] = (
+    Patch("rng-state", "megatron.core.tensor_parallel.random._get_cuda_rng_state, _set_cuda_rng_state", ("cpu", "npu"),
+          "0.16.1", "they reach into torch._C for CUDA generators, which the rewrite of names cannot redirect",
+          "the core takes the state through its device's module", _rng_state),
+    Patch("fused-adamw", "megatron.core.optimizer.Adam and four flags beside it", ALL_DEVICES, "0.16.1",
+          "without Apex or TE the distributed optimizer cannot resume: it expects their optimizer's form of state",
+          "the core accepts torch.optim.AdamW(fused=True) state on resume", _fused_adam),
+)
+
+
+def apply_patches(device: Device) -> list[str]:
+    """Apply the ledger's records for `device`; returns their names. megatron.core must not be in use yet."""
+    applied = [patch for patch in LEDGER if device.name in patch.devices]
+    for patch in applied:
+        patch.apply(device)
+    return [patch.name for patch in applied]

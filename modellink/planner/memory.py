@@ -1,0 +1,153 @@
+"""Parameters and bytes of one rank. Parameters are exact; activations are an estimate from the tensors saved for the
+backward pass (attention scores are never held, so recompute of attention alone changes little).
+"""
+
+from dataclasses import dataclass
+
+from modellink.models.run import Run
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """One model chunk of one pipeline stage.
+
+    Attributes:
+        layers: global numbers of its layers.
+        has_embedding, has_head: whether the embedding, and the final norm with the output layer, are in it.
+        parameters: of one tensor parallel rank.
+    """
+
+    layers: range
+    has_embedding: bool
+    has_head: bool
+    parameters: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage; all sizes are bytes on one of its ranks."""
+
+    stage: int
+    chunks: tuple[ChunkPlan, ...]
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of one rank."""
+        return sum(chunk.parameters for chunk in self.chunks)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(chunk.layers) for chunk in self.chunks)
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def least(self) -> int:
+        """What the rank needs even if the activations are overestimated by a third: a check must not stop a job that
+        may fit."""
+        return self.total - self.activations // 4
+
+
+def layer_parameters(run: Run) -> int:
+    """Parameters of one transformer layer on one tensor parallel rank (norms are whole on every rank)."""
+    model, tensor = run.model, run.dims.tensor
+    qkv = model.hidden_size + 2 * model.num_query_groups * model.head_dim
+    matrices = qkv * model.hidden_size + model.hidden_size**2 + 3 * model.ffn_hidden_size * model.hidden_size
+    bias = qkv if model.add_qkv_bias else 0
+    return (matrices + bias) // tensor + 2 * model.hidden_size
+
+
+def chunk_plans(run: Run, stage: int) -> tuple[ChunkPlan, ...]:
+    """The model chunks of a pipeline stage, in megatron-core's order: chunk c holds every PP-th group of layers."""
+    dims, model = run.dims, run.model
+    size = model.num_layers // (dims.pipeline * dims.chunks)
+    table = run.padded_vocab_size // dims.tensor * model.hidden_size
+    plans = []
+    for chunk in range(dims.chunks):
+        start = (chunk * dims.pipeline + stage) * size
+        first = stage == 0 and chunk == 0
+        last = stage == dims.pipeline - 1 and chunk == dims.chunks - 1
+        parameters = size * layer_parameters(run)
+        if first:
+            parameters += table
+        if last:
+            parameters += model.hidden_size
+            # a tied head is the embedding itself on one stage, and a second copy on a stage of its own
+            if not (model.tie_word_embeddings and first):
+                parameters += table
+        plans.append(ChunkPlan(range(start, start + size), first, last, parameters))
+    return tuple(plans)
+
+
+def activation_bytes_per_layer(run: Run) -> int:
+    """Bytes that one layer keeps of one microbatch for the backward pass.
+
+    Elements per token, with t = TP and s = t under sequence parallel (otherwise 1): both norms keep their input and
+    output (4h/s); attention keeps query, key, value, the rotated query and key, and its output ((3h + 3kv)/t); the MLP
+    keeps its first product and the gated one (3f/t). After Korthikanti et al. 2022, arXiv 2205.05198, with SwiGLU and
+    without the scores.
+    """
+    model, dims = run.model, run.dims
+    split = dims.tensor if dims.sequence_parallel else 1
+    kv = model.num_query_groups * model.head_dim
+    tokens = run.seq_length * run.settings.train.micro_batch_size
+    elements = (4 * model.hidden_size * tokens // split
+                + (3 * model.hidden_size + 3 * kv + 3 * model.ffn_hidden_size) * tokens // dims.tensor)
+    return elements * ELEMENT_BYTES[run.settings.train.precision]
+
+
+def chunks_in_flight(run: Run, stage: int) -> int:
+    """Model chunks whose activations a stage holds at once, over all microbatches (1F1B and interleaved schedules)."""
+    dims = run.dims
+    microbatches = run.global_batch_size // (run.settings.train.micro_batch_size * dims.data)
+    if dims.chunks == 1:
+        return min(microbatches, dims.pipeline - stage)
+    warmup = (dims.pipeline - stage - 1) * 2 + (dims.chunks - 1) * dims.pipeline
+    return min(microbatches * dims.chunks, warmup + 1)
+
+
+def activation_bytes(run: Run, stage: int) -> int:
+    """Bytes of activations at the peak of one rank of a stage."""
+    model, dims, train = run.model, run.dims, run.settings.train
+    layers = model.num_layers // (dims.pipeline * dims.chunks)
+    whole = activation_bytes_per_layer(run)
+    in_flight = chunks_in_flight(run, stage)
+    tokens = run.seq_length * train.micro_batch_size
+    width = ELEMENT_BYTES[train.precision]
+    boundary = tokens * model.hidden_size // (dims.tensor if dims.sequence_parallel else 1) * width
+    if train.recompute_granularity == "full":
+        unit = train.recompute_num_layers or 1
+        if train.recompute_method == "uniform":
+            kept = -(-layers // unit) * boundary * in_flight
+            working = unit * whole
+        else:
+            kept = (unit * boundary + (layers - unit) * whole) * in_flight
+            working = whole
+        total = kept + working
+    else:
+        total = layers * whole * in_flight
+    if stage == dims.pipeline - 1:
+        # logits and their gradient
+        total += 2 * tokens * (run.padded_vocab_size // dims.tensor) * width
+    return total
+
+
+def stage_plan(run: Run, stage: int) -> StagePlan:
+    """Layers, parameters and bytes of one rank of a pipeline stage."""
+    chunks = chunk_plans(run, stage)
+    parameters = sum(chunk.parameters for chunk in chunks)
+    precision = run.settings.train.precision
+    # Adam's two moments, and fp32 main weights where training itself is narrower
+    state = 2 * FP32 + (FP32 if precision != "fp32" else 0)
+    shards = run.dims.data if run.settings.parallel.use_distributed_optimizer else 1
+    return StagePlan(stage, chunks, weights=parameters * ELEMENT_BYTES[precision], gradients=parameters * FP32,
+                     optimizer=-(-parameters * state // shards), activations=activation_bytes(run, stage))

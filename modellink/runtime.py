@@ -1,0 +1,121 @@
+"""Merges settings, `--model` and loaded weights into one checked run, before any device or process group starts."""
+
+from modellink.checks.inputs import check_data, check_tokenizer
+from modellink.checks.layout import (
+    check_batches,
+    check_recompute_layers,
+    check_sequence,
+    check_tensor_parallel,
+    padded_rows,
+)
+from modellink.checks.values import Program, check_values
+from modellink.checks.weights import Weights, check_resume, find_weights
+from modellink.checks.wishes import wish_notices
+from modellink.config.errors import ConfigError, ProblemList
+from modellink.config.model import ModelConfig
+from modellink.config.settings import Settings
+from modellink.models.resolve import resolve_model
+from modellink.models.run import Run
+from modellink.parallel.dims import ParallelDims
+
+TITLES: dict[Program, str] = {"train": "Pretrain a Qwen1.5 model.", "generate": "Generate text with a Qwen1.5 model."}
+
+
+def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewhere: bool = False) -> Run:
+    """Check everything that can be checked without starting anything.
+
+    Args:
+        settings: the parsed command line.
+        world_size: ranks of the job.
+        program: what will run.
+        elsewhere: the job will run on another machine, so its device need not be usable here (`--check`).
+
+    Returns:
+        The resolved run.
+
+    Raises:
+        ConfigError: every problem found, one sentence each.
+    """
+    problems = ProblemList()
+    check_values(settings, program, problems)
+    weights, model, origins = _find_model(settings, program, problems)
+    if program == "train":
+        check_data(settings, problems)
+    check_tokenizer(settings, model, problems)
+    if model is None:
+        problems.raise_if_any()
+        raise AssertionError("a run without an architecture always has a problem")
+    dims = _layout(settings, model, world_size, program, problems)
+    rows = 0
+    if settings.parallel.tensor_model_parallel_size >= 1:
+        check_tensor_parallel(model, settings.parallel.tensor_model_parallel_size, problems)
+        rows = padded_rows(model, settings, problems)
+    batch = 1
+    if dims is not None:
+        check_sequence(model, settings, dims, problems)
+        if program == "train":
+            check_recompute_layers(model, settings, dims, problems)
+            batch = check_batches(settings, dims, problems)
+            if weights is not None:
+                check_resume(settings, weights, dims, problems)
+    device = problems.catch(lambda: _device(settings, elsewhere))
+    problems.raise_if_any()
+    assert dims is not None and isinstance(device, tuple)
+    return Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
+               seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
+               notices=tuple(_notices(settings, dims, program, *device)))
+
+
+def _find_model(settings: Settings, program: Program,
+                problems: ProblemList) -> tuple[Weights | None, ModelConfig | None, dict[str, str]]:
+    weights = None
+    try:
+        weights = find_weights(settings, program)
+    except ConfigError as error:
+        for problem in error.problems:
+            problems.add(problem)
+        if settings.model.model is None:  # without the weights nothing is known of the architecture
+            return None, None, {}
+    try:
+        model, origins = resolve_model(settings, (weights.folder, weights.model) if weights else None)
+    except ConfigError as error:
+        for problem in error.problems:
+            problems.add(problem)
+        return weights, None, {}
+    return weights, model, origins
+
+
+def _layout(settings: Settings, model: ModelConfig, world_size: int, program: Program,
+            problems: ProblemList) -> ParallelDims | None:
+    parallel = settings.parallel
+    chunk = parallel.num_layers_per_virtual_pipeline_stage if program == "train" else None
+    try:
+        dims = ParallelDims.from_world_size(
+            world_size, tensor=parallel.tensor_model_parallel_size, pipeline=parallel.pipeline_model_parallel_size,
+            num_layers=model.num_layers, layers_per_chunk=chunk, sequence_parallel=parallel.sequence_parallel)
+    except ConfigError as error:
+        for problem in error.problems:
+            problems.add(problem)
+        return None
+    if program == "generate" and dims.data > 1:
+        problems.add(f"world size {world_size}: generation runs on tensor {dims.tensor} x pipeline {dims.pipeline} = "
+                     f"{dims.tensor * dims.pipeline} ranks; start that many.")
+    return dims
+
+
+def _device(settings: Settings, elsewhere: bool) -> tuple[str, str]:
+    """(name, communication backend) of the device the run uses; empty where another machine will choose."""
+    if elsewhere:
+        asked = settings.device.device
+        return ("" if asked == "auto" else asked), ""
+    from modellink.device.select import select_device  # imports torch
+
+    device = select_device(settings.device.device)
+    return device.name, device.backend
+
+
+def _notices(settings: Settings, dims: ParallelDims, program: Program, device: str, backend: str) -> list[str]:
+    notices = wish_notices(settings, dims, device, backend)
+    if program == "generate" and settings.parallel.num_layers_per_virtual_pipeline_stage is not None:
+        notices.append("--num-layers-per-virtual-pipeline-stage has no effect on generation.")
+    return notices

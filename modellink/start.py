@@ -1,0 +1,33 @@
+"""Starts a prepared run on this rank: device, core, groups, seeds. Nothing of this happens on import."""
+
+import logging
+import sys
+import warnings
+
+from modellink.device.base import Device
+from modellink.device.retarget import retarget
+from modellink.device.select import select_device
+from modellink.models.run import Run
+from modellink.parallel.groups import Rank, seed_everything, start_groups
+from modellink.patches.ledger import apply_patches
+
+
+def prepare_core(device: Device) -> None:
+    """Compile megatron.core for the device and apply the ledger; once a process."""
+    # the core says on import what it lacks (Apex, Transformer Engine); `modellink doctor` says what is used instead
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    retarget(device)
+    apply_patches(device)
+
+
+def start(run: Run) -> Device:
+    """Choose the device, prepare megatron-core for it, join the job and seed; rank 0 prints the run's notices."""
+    device = select_device(run.settings.device.device)
+    prepare_core(device)
+    start_groups(device, run.dims, run.settings.parallel.distributed_timeout_minutes)
+    seed_everything(run.settings.train.seed)
+    if Rank.from_environment().rank == 0:
+        for notice in run.notices:
+            print(notice, file=sys.stderr, flush=True)
+    return device

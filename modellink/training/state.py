@@ -1,0 +1,195 @@
+"""What a run carries from step to step, and its way to disk and back (the per-rank layout that Megatron-LM reads)."""
+
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from modellink.checkpoint.companions import keep_companions
+from modellink.checkpoint.folders import find_checkpoint, iteration_folder_name, rank_folder_name, write_tracker
+from modellink.checkpoint.layout import Layout
+from modellink.checkpoint.load_model import load_model
+from modellink.checkpoint.megatron import open_megatron
+from modellink.checkpoint.rank_file import load_rank_file, save_rank_file
+from modellink.checkpoint.saved_args import saved_args
+from modellink.config import ConfigError
+from modellink.config.files import disk_error
+from modellink.device.base import Device
+from modellink.models.build import DTYPES
+from modellink.models.run import Run
+from modellink.training.optimizer import complete_parameters
+
+MODEL_FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    consumed_train_samples: int = 0
+    consumed_valid_samples: int = 0
+    flops: float = 0.0
+
+
+@dataclass
+class TrainState:
+    """Everything a checkpoint holds."""
+
+    run: Run
+    device: Device
+    chunks: list[Any]  # wrapped in DistributedDataParallel
+    optimizer: Any
+    schedule: Any
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.run.dims.tensor, self.run.dims.pipeline, self.run.dims.chunks)
+
+    @property
+    def rank_folder(self) -> str:
+        return rank_folder_name(self.layout, parallel_state.get_tensor_model_parallel_rank(),
+                                parallel_state.get_pipeline_model_parallel_rank())
+
+
+def _model_keys(chunks: list[Any]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def _model_state(chunk: Any) -> dict[str, torch.Tensor]:
+    # local-spec names without the wrapper's prefix; the core's empty extra states carry nothing
+    return {name: parameter.detach() for name, parameter in chunk.module.named_parameters()}
+
+
+def _rng_state(device: Device) -> dict[str, Any]:
+    return {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": device.rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(device: Device, state: dict[str, Any]) -> None:
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    device.set_rng_state(state["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+def save(state: TrainState, folder: Path) -> None:
+    """Write a checkpoint; the tracker names it only after every rank has finished.
+
+    Every rank takes part. Weights are written by data parallel rank 0 of each model part; the distributed optimizer
+    first gathers its shards there.
+    """
+    settings = state.run.settings
+    step_folder = folder / iteration_folder_name(state.progress.step)
+    rank_folder = step_folder / state.rank_folder
+    writes = parallel_state.get_data_parallel_rank() == 0
+    with_optimizer = settings.checkpoint.save_optim
+    sharded = settings.parallel.use_distributed_optimizer
+    try:
+        if writes:
+            rank_folder.mkdir(parents=True, exist_ok=True)
+        with complete_parameters(state.chunks):
+            if writes:
+                save_rank_file(rank_folder / MODEL_FILE, _rank_state(state))
+            if with_optimizer and sharded:
+                # gathers over the data parallel group, then rank 0 of it writes
+                state.optimizer.save_parameter_state(str(rank_folder / OPTIMIZER_FILE))
+    except OSError as error:
+        raise disk_error(rank_folder, error) from error
+    dist.barrier()
+    if dist.get_rank() == 0:
+        keep_companions(state.run.model, settings.checkpoint.load, settings.data.tokenizer_name_or_path, folder,
+                        DTYPES[settings.train.precision])
+        write_tracker(folder, state.progress.step)
+    dist.barrier()
+
+
+def _rank_state(state: TrainState) -> dict[str, Any]:
+    settings, run, progress = state.run.settings, state.run, state.progress
+    values: dict[str, Any] = {
+        "args": saved_args(
+            run.model, state.layout, dtype=DTYPES[settings.train.precision], padded_vocab_size=run.padded_vocab_size,
+            iteration=progress.step, make_vocab_size_divisible_by=settings.model.make_vocab_size_divisible_by,
+            base={"seq_length": run.seq_length, "consumed_train_samples": progress.consumed_train_samples,
+                  "consumed_valid_samples": progress.consumed_valid_samples,
+                  "tokenizer_model": settings.data.tokenizer_name_or_path},
+            data_parallel_size=run.dims.data, world_size=run.dims.world_size,
+            micro_batch_size=settings.train.micro_batch_size, global_batch_size=run.global_batch_size,
+            use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+            sequence_parallel=run.dims.sequence_parallel, train_iters=settings.train.train_iters,
+            seed=settings.train.seed, lr=settings.optimizer.lr),
+        "checkpoint_version": 3.0,
+        "iteration": progress.step,
+        "num_floating_point_operations_so_far": progress.flops,
+        "progress": asdict(progress),
+    }
+    for key, chunk in zip(_model_keys(state.chunks), state.chunks):
+        values[key] = _model_state(chunk)
+    if settings.checkpoint.save_optim:
+        values["optimizer"] = state.optimizer.state_dict()
+        values["opt_param_scheduler"] = state.schedule.state_dict()
+    if settings.checkpoint.save_rng:
+        values["rng_state"] = [_rng_state(state.device)]
+    return values
+
+
+def load(state: TrainState, folder: Path) -> str:
+    """Fill the state from `--load`; returns one line that says what was loaded and how.
+
+    Optimizer state needs the same layout (checked before the ranks started); weights alone may come from any layout.
+    """
+    settings = state.run.settings
+    source = open_megatron(folder)
+    resume = source.has_optimizer and settings.checkpoint.load_optim and not settings.train.finetune
+    if not resume:
+        load_weights(state, source)
+        return (f"loaded weights of {folder} (step {source.iteration}, {source.layout}) into "
+                f"{state.layout}: starting at step 0 without optimizer state")
+    path = find_checkpoint(folder) / state.rank_folder
+    saved = load_rank_file(path / MODEL_FILE, mmap=False)
+    _check_optimizer_layout(state, saved["args"], folder)
+    with torch.no_grad():
+        for key, chunk in zip(_model_keys(state.chunks), state.chunks):
+            for name, parameter in chunk.module.named_parameters():
+                parameter.copy_(saved[key][name])
+        state.optimizer.load_state_dict(saved["optimizer"])
+        if settings.parallel.use_distributed_optimizer:
+            state.optimizer.load_parameter_state(str(path / OPTIMIZER_FILE))
+    state.schedule.load_state_dict(saved["opt_param_scheduler"])
+    state.progress = Progress(**saved["progress"])
+    if settings.checkpoint.load_rng and "rng_state" in saved:
+        _set_rng_state(state.device, saved["rng_state"][0])
+    return f"resumed {folder} at step {state.progress.step} with optimizer state"
+
+
+def load_weights(state: TrainState, source: Any) -> None:
+    """Weights only, cut for this run's layout; fp32 main weights start from them."""
+    load_model([chunk.module for chunk in state.chunks], source, state.layout,
+               parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
+               padded_vocab_size=state.run.padded_vocab_size)
+    state.optimizer.reload_model_params()
+
+
+def _check_optimizer_layout(state: TrainState, args: Any, folder: Path) -> None:
+    sharded = state.run.settings.parallel.use_distributed_optimizer
+    if bool(getattr(args, "use_distributed_optimizer", False)) != sharded:
+        raise ConfigError(f"--load {folder}: its optimizer state was saved {'without' if sharded else 'with'} "
+                          f"--use-distributed-optimizer and this run is {'with' if sharded else 'without'} it; "
+                          "use the same, or start anew from the weights with --finetune.")
+    if sharded and args.data_parallel_size != state.run.dims.data:
+        raise ConfigError(f"--load {folder}: its optimizer state is split over {args.data_parallel_size} data parallel "
+                          f"ranks, but this run has {state.run.dims.data}; start as many, or start anew from the "
+                          "weights with --finetune.")

@@ -1,0 +1,78 @@
+"""Forward and backward of one global batch, and its loss over real tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from modellink.training.batches import Batch
+
+
+def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the losses of real tokens, their number, and both as the report of this microbatch.
+
+    megatron-core scales the gradient once by the number of real tokens of the global batch, but only when it gets
+    exactly three values, the second of an integer type. The report is a tensor of its own: the core divides the
+    first value in place.
+
+    Args:
+        loss_mask: [batch, sequence], 1 where the token counts.
+        losses: [batch, sequence] fp32.
+    """
+    mask = loss_mask.view(-1).float()
+    total = torch.sum(losses.view(-1).float() * mask)
+    count = mask.sum()
+    report = torch.stack([total.detach(), count])
+    return total, count.to(torch.int), {"loss": report}
+
+
+def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    """One microbatch through one model chunk, as megatron-core's schedules call it."""
+    # A stage between the first and the last reads no data: it gets hidden states and gives hidden states.
+    batch: Any = next(batches, {})
+    output = chunk(batch.get("tokens"), None, None, labels=batch.get("labels"))
+    return output, partial(masked_loss, batch.get("loss_mask"))
+
+
+@dataclass
+class StepResult:
+    """Attributes: loss is the mean over the real tokens of the global batch; tokens is their number."""
+
+    loss: float
+    tokens: int
+    flags: list[int]
+
+
+def run_microbatches(chunks: list[Any], iterators: list[Iterator[Batch]], *, num_microbatches: int,
+                     micro_batch_size: int, seq_length: int, forward_only: bool) -> list[dict[str, Tensor]]:
+    """Run the pipeline schedule; returns the reports of the microbatches on the last stage, [] elsewhere."""
+    interleaved = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=chunks if interleaved else chunks[0],
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def reduce_reports(reports: list[dict[str, Tensor]], flags: list[int], device: torch.device) -> StepResult:
+    """Mean loss over all real tokens, known to every rank; flags are summed over all ranks.
+
+    One collective of the whole job a step, also so that every rank takes the same decision about stopping.
+    """
+    values = torch.zeros(2 + len(flags), dtype=torch.float32, device=device)
+    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+        values[:2] = torch.stack([report["loss"] for report in reports]).sum(0)
+    values[2:] = torch.tensor(flags, dtype=torch.float32)
+    dist.all_reduce(values)
+    total, count, *summed = values.tolist()
+    return StepResult(total / count if count else 0.0, int(count), [int(flag) for flag in summed])
