@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     engine = load_engine(run, device)
     is_printer = Rank.from_environment().rank == 0
-    for notice in defaults.notices if is_printer else ():
+    notices = list(defaults.notices)
+    if run.dims.sequence_parallel:
+        notices.append("--sequence-parallel has no effect on generation: a step has one token.")
+    for notice in notices if is_printer else ():
         print(notice, file=sys.stderr, flush=True)
     for task, requests in jobs:
         stream = engine.stream(requests)

@@ -41,7 +41,7 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     weights, model, origins = _find_model(settings, program, problems)
     if program == "train":
         check_data(settings, problems)
-    check_tokenizer(settings, model, problems)
+    check_tokenizer(settings, model, program, problems)
     if model is None:
         problems.raise_if_any()
         raise AssertionError("a run without an architecture always has a problem")

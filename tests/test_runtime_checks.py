@@ -110,7 +110,6 @@ WRONG: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
         "--data-path is missing", "--mock-data")),
     "mock and real data": (f"{BOOK} --mock-data", 1, "train", ("--mock-data and --data-path",)),
     "two kinds of real data": (f"{BOOK} --train-data-path {DATA}", 1, "train", ("--data-path and --train-data-path",)),
-    "no tokenizer": (f"{TRAIN} {MODEL} --data-path {DATA}", 1, "train", ("--tokenizer-name-or-path is missing",)),
     "tokenizer folder without files": (f"{BOOK} --tokenizer-name-or-path @/empty", 1, "train", (
         "empty: no tokenizer files",)),
     "no tokenizer folder": (f"{BOOK} --tokenizer-name-or-path @/tokeniser", 1, "train", (

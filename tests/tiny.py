@@ -25,8 +25,9 @@ def tiny_config(**changes: Any) -> Qwen2Config:
     """A Qwen2Config of the TINY sizes with `changes`."""
     values = {**TINY, **changes}
     theta = values.pop("rope_theta")
+    # no padding token: transformers would train no embedding for it, and every token counts here
     return Qwen2Config(**values, rope_parameters={"rope_theta": theta, "rope_type": "default"},
-                       bos_token_id=0, eos_token_id=0, pad_token_id=0, use_sliding_window=False)
+                       bos_token_id=0, eos_token_id=0, pad_token_id=None, use_sliding_window=False)
 
 
 def tiny_model(seed: int = 1234, dtype: torch.dtype = torch.float32, **changes: Any) -> Qwen2ForCausalLM:

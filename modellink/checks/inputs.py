@@ -1,5 +1,6 @@
 """Files a run reads: data sets and the tokenizer."""
 
+from modellink.checks.values import Program
 from modellink.config.errors import ConfigError, ProblemList
 from modellink.config.files import read_json
 from modellink.config.model import ModelConfig
@@ -63,11 +64,11 @@ def _check_split(split: str, problems: ProblemList) -> None:
         problems.add(f"--split {split}: the share of training data is 0; raise it.")
 
 
-def check_tokenizer(settings: Settings, model: ModelConfig | None, problems: ProblemList) -> None:
-    """The tokenizer folder must be whole and its words must fit the model's rows."""
+def check_tokenizer(settings: Settings, model: ModelConfig | None, program: Program, problems: ProblemList) -> None:
+    """The tokenizer folder must be whole and its words must fit the model's rows; training can do without one."""
     path = settings.data.tokenizer_name_or_path
     if path is None:
-        if not settings.data.mock_data:
+        if program == "generate":
             problems.add("--tokenizer-name-or-path is missing: give the folder of the model's tokenizer.")
         return
     words = problems.catch(lambda: count_words(path))

@@ -62,7 +62,8 @@ def read_defaults(folders: list[Path]) -> Defaults:
     stops = content.get("eos_token_id")
     ids = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if not all(isinstance(token, int) for token in ids):
-        raise ConfigError(f"{path}: eos_token_id is {stops!r}, but it must be a token id or a list of them; correct it.")
+        raise ConfigError(f"{path}: eos_token_id is {stops!r}, but it must be a token id or a list of them; "
+                          "correct it.")
     notices = tuple(f"{path}: {name} {content[name]} has no effect in this version."
                     for name, without in UNUSED.items() if content.get(name) not in (None, without))
     return Defaults(values, frozenset(ids), notices)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from modellink.inference.request import SamplingSettings
 
+
 def candidates(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
     """The tokens that may be sampled and how likely each is.
 

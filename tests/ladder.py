@@ -1,0 +1,59 @@
+"""Runs many training runs inside one set of worker processes: `python ladder.py CASES.json`, under the launcher.
+
+CASES.json is a list of command lines for pretrain_gpt.py; each writes its own metrics and checkpoints. Workers start
+once a world size, because a process costs seconds of imports.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def run_cases(cases: list[list[str]], world_size: int, folder: Path) -> None:
+    """Start `world_size` workers and run every case in them; a failing case fails the call with its output."""
+    path = folder / f"cases{world_size}-{time.time_ns()}.json"
+    path.write_text(json.dumps(cases))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}",
+               str(Path(__file__)), str(path)]
+    if world_size == 1:
+        command = [sys.executable, str(Path(__file__)), str(path)]
+    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The training records of a metrics file."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def main(cases_path: str) -> None:
+    """Worker: every case in turn, with fresh process groups of its own layout."""
+    import torch
+
+    torch.set_num_threads(1)
+    from modellink.config.settings import parse_settings
+    from modellink.runtime import prepare_run
+    from modellink.start import start
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    for case in json.loads(Path(cases_path).read_text()):
+        run = prepare_run(parse_settings("ladder", "", case), world_size, "train")
+        device = start(run)
+        from megatron.core import parallel_state
+
+        from modellink.training.loop import train
+
+        train(run, device)
+        parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
