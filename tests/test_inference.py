@@ -14,7 +14,9 @@ import pytest
 import torch
 from data_helpers import make_tokenizer
 from tiny import save_tiny
-from transformers import Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -231,6 +233,13 @@ def test_any_tokens_give_the_text_of_all_of_them_at_once(place: Path) -> None:
         detokenizer = Detokenizer(tokenizer)
         text = "".join([*map(detokenizer.add, ids), detokenizer.finish()])
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_spaces_survive_in_tokenizers_that_cut_them_at_the_start() -> None:
+    words = Tokenizer(WordLevel({"▁the": 0, "▁class": 1, "es": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.decoder = decoders.Metaspace()
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=words))
+    assert [detokenizer.add(token) for token in (0, 1, 2, 0)] == ["the", " class", "es", " the"]
 
 
 def test_answers_are_shown_one_after_another_as_they_come(place: Path) -> None:

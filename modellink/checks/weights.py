@@ -15,6 +15,7 @@ from modellink.models.resolve import named_model
 from modellink.parallel.dims import ParallelDims
 
 if TYPE_CHECKING:
+    from modellink.checkpoint.hf import HFFolder
     from modellink.checkpoint.megatron import MegatronCheckpoint
 
 
@@ -51,6 +52,8 @@ def find_weights(settings: Settings, program: Program) -> Weights | None:
         save = settings.checkpoint.save
         if program == "train" and save is not None and folder.resolve() == Path(save).resolve():
             return None  # a run that has not saved yet
+    if program == "generate" and not has_checkpoint(folder) and (folder / "config.json").is_file():
+        return Weights(load, _open_hf(folder).model, Layout(), has_optimizer=False)
     found = _open(folder)
     model = found.model
     rows = _stated_rows(settings)
@@ -65,6 +68,15 @@ def _open(folder: Path) -> "MegatronCheckpoint":
         from modellink.checkpoint.megatron import open_megatron  # imports torch: only when there is a checkpoint
 
         return open_megatron(folder)
+    except ConfigError as error:
+        raise ConfigError([f"--load {problem}" for problem in error.problems]) from error
+
+
+def _open_hf(folder: Path) -> "HFFolder":
+    try:
+        from modellink.checkpoint.hf import open_hf  # imports torch
+
+        return open_hf(folder)
     except ConfigError as error:
         raise ConfigError([f"--load {problem}" for problem in error.problems]) from error
 

@@ -1,0 +1,98 @@
+"""The device seam: torch stays as it was, megatron.core is compiled for the device."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modellink.config import ConfigError
+from modellink.device.retarget import Rewrite
+from modellink.device.select import describe_devices, select_device
+from modellink.device.specs import find_spec
+
+REPO = Path(__file__).resolve().parent.parent
+
+SNAPSHOT = '''
+import sys, torch, torch.distributed, torch.optim, torch.utils.checkpoint, torch._higher_order_ops
+import torch._dynamo, torch.distributed.tensor  # lazy parts of torch that change torch themselves when they load
+
+def snapshot():
+    seen = {}
+    for name, module in list(sys.modules.items()):
+        if module is not None and (name == "torch" or name.startswith("torch.")):
+            for key, value in list(vars(module).items()):
+                if not key.startswith("__") and key not in ("_initialized", "_queued_calls"):
+                    seen[name, key] = id(value)
+    for cls in (torch.Tensor, torch.nn.Module, torch.nn.Parameter, torch.optim.Optimizer):
+        for key, value in vars(cls).items():
+            seen[cls.__name__, key] = id(value)
+    return seen
+
+before = snapshot()
+import pretrain_gpt
+code = pretrain_gpt.main(sys.argv[1:])
+after = snapshot()
+functions = {key for key in before if key in after and before[key] != after[key]
+             and callable(getattr(sys.modules.get(key[0], torch), key[1], None))}
+classes = {key for key in before if key[0] in ("Tensor", "Module", "Parameter", "Optimizer") and before[key] != after.get(key)}
+assert torch.cuda.is_available.__module__ == "torch.cuda"
+print("changed", sorted(functions | classes), "code", code)
+'''
+
+
+def test_training_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    from tiny import tiny_config
+
+    tiny_config().save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--mock-data", "--seq-length", "16", "--train-iters", "2",
+                 "--lr", "1e-3", "--global-batch-size", "2", "--eval-iters", "0", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", SNAPSHOT, *arguments], cwd=REPO, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "changed [] code 0"
+
+
+def rewritten(source: str, name: str) -> str:
+    return ast.unparse(ast.fix_missing_locations(Rewrite(name).visit(ast.parse(source))))
+
+
+@pytest.mark.parametrize(("source", "name", "expected"), [
+    ("torch.cuda.synchronize()", "cpu", "__accelerator__.synchronize()"),
+    ("x = y.cuda()", "cpu", "x = y.to(__accelerator__.current_device())"),
+    ("y.cuda(non_blocking=True)", "npu", "y.to(__accelerator__.current_device(), non_blocking=True)"),
+    ("torch.empty(1, device='cuda')", "npu", "torch.empty(1, device='npu')"),
+    ("t.type() == 'torch.cuda.FloatTensor'", "cpu", "t.type() == 'torch.FloatTensor'"),
+    ("t.type() == 'torch.cuda.HalfTensor'", "npu", "t.type() == 'torch.npu.HalfTensor'"),
+    ("other.cudart(); torch.cudnn", "cpu", "other.cudart()\ntorch.cudnn"),
+])
+def test_rewrite(source: str, name: str, expected: str) -> None:
+    assert rewritten(source, name) == expected
+
+
+def test_import_of_modellink_is_light() -> None:
+    code = ("import sys, modellink, modellink.config.settings, modellink.cli; "
+            "print('torch' in sys.modules, 'megatron' in sys.modules, len(sys.meta_path))")
+    plain = subprocess.run([sys.executable, "-c", "import sys; print(len(sys.meta_path))"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False", plain.stdout.strip()], done.stderr
+
+
+def test_auto_takes_a_usable_device_and_asking_for_another_says_why() -> None:
+    chosen = select_device("auto")
+    assert chosen.unusable_reason() is None
+    assert any(line.startswith("cpu: usable") for line in describe_devices())
+    for name in ("npu", "cuda"):
+        line = next(line for line in describe_devices() if line.startswith(name))
+        if "not usable" in line:
+            with pytest.raises(ConfigError) as error:
+                select_device(name)
+            assert len(error.value.problems) == 1
+            assert error.value.problems[0].startswith(f"--device {name}: ")
+
+
+def test_unknown_hardware_has_no_peak_rate() -> None:
+    assert find_spec("cpu") is None
+    spec = find_spec("NVIDIA H200")
+    assert spec is not None and spec.bf16_flops == 989e12
