@@ -21,7 +21,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-SHAPE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+SHAPE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
          "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 2048,
          "tie_word_embeddings": False}
 PRECISIONS = ("fp32", "bf16")
@@ -44,7 +44,8 @@ def run_peer(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.manual_seed(0)
     device = torch.device(options.device)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, attn_implementation="sdpa", use_cache=False)).to(device).train()
+    model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, attn_implementation="sdpa", use_cache=False))
+    model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     times = []
     for _ in range(options.steps):
@@ -161,8 +162,9 @@ def main() -> None:
         best["ours"]["memory_ratio"] = best["ours"]["peak_bytes"] / best["peer"]["peak_bytes"]
         results[precision] = best
         for side, record in best.items():
-            print(f"{precision} {side:5} {record['tokens_per_second']:8.0f} tokens/s  peak "
-                  f"{record['peak_bytes'] / 2**30:.2f} GiB  state {record['state_bytes_per_parameter']:.1f} B/parameter")
+            print(f"{precision} {side:5} {record['tokens_per_second']:8.0f} tokens/s  "
+                  f"peak {record['peak_bytes'] / 2**30:.2f} GiB  "
+                  f"state {record['state_bytes_per_parameter']:.1f} B/parameter")
         print(f"{precision} ratio {best['ours']['speed_ratio']:.2f}x tokens/s, "
               f"{best['ours']['memory_ratio']:.2f}x peak memory", flush=True)
         if options.layouts:

@@ -36,7 +36,8 @@ code = pretrain_gpt.main(sys.argv[1:])
 after = snapshot()
 functions = {key for key in before if key in after and before[key] != after[key]
              and callable(getattr(sys.modules.get(key[0], torch), key[1], None))}
-classes = {key for key in before if key[0] in ("Tensor", "Module", "Parameter", "Optimizer") and before[key] != after.get(key)}
+classes = {key for key in before if key[0] in ("Tensor", "Module", "Parameter", "Optimizer")
+           and before[key] != after.get(key)}
 assert torch.cuda.is_available.__module__ == "torch.cuda"
 print("changed", sorted(functions | classes), "code", code)
 '''
@@ -74,7 +75,8 @@ def test_rewrite(source: str, name: str, expected: str) -> None:
 def test_import_of_modellink_is_light() -> None:
     code = ("import sys, modellink, modellink.config.settings, modellink.cli; "
             "print('torch' in sys.modules, 'megatron' in sys.modules, len(sys.meta_path))")
-    plain = subprocess.run([sys.executable, "-c", "import sys; print(len(sys.meta_path))"], capture_output=True, text=True)
+    plain = subprocess.run([sys.executable, "-c", "import sys; print(len(sys.meta_path))"], capture_output=True,
+                           text=True)
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False", plain.stdout.strip()], done.stderr
 
