@@ -44,7 +44,7 @@ def run_peer(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.manual_seed(0)
     device = torch.device(options.device)
-    model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, attn_implementation="sdpa", use_cache=False))
+    model: Any = Qwen2ForCausalLM._from_config(Qwen2Config(**SHAPE), attn_implementation="sdpa")
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     times = []

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def write_beside(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / f".{target.name}.{os.getpid()}.part"
+    beside = target.parent / f".{target.name}.{socket.gethostname()}.{os.getpid()}.part"  # nodes may share the disk
     remove(beside)
     try:
         yield beside

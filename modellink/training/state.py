@@ -1,6 +1,8 @@
 """What a run carries from step to step, and its way to disk and back (the per-rank layout that Megatron-LM reads)."""
 
+import os
 import random
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from modellink.checkpoint.megatron import open_megatron
 from modellink.checkpoint.rank_file import load_rank_file, save_rank_file
 from modellink.checkpoint.saved_args import saved_args
 from modellink.config import ConfigError
-from modellink.config.files import disk_error
+from modellink.config.files import disk_error, remove
 from modellink.device.base import Device
 from modellink.models.build import DTYPES
 from modellink.models.run import Run
+from modellink.parallel.groups import Rank
 from modellink.training.optimizer import complete_parameters
 
 MODEL_FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
@@ -106,15 +109,28 @@ def save(state: TrainState, folder: Path) -> None:
                 save_rank_file(rank_folder / MODEL_FILE, _rank_state(state))
             if with_optimizer and sharded:
                 # gathers over the data parallel group, then rank 0 of it writes
-                state.optimizer.save_parameter_state(str(rank_folder / OPTIMIZER_FILE))
-    except OSError as error:
-        raise disk_error(rank_folder, error) from error
+                beside = rank_folder / f".{OPTIMIZER_FILE}.part"
+                state.optimizer.save_parameter_state(str(beside))
+                if writes:
+                    os.replace(beside, rank_folder / OPTIMIZER_FILE)
+    except (ConfigError, OSError, RuntimeError) as error:
+        remove(rank_folder)
+        with suppress(OSError):  # other ranks' files are there
+            step_folder.rmdir()
+        # torch's own writer reports a failed write of the optimizer file as a RuntimeError
+        if isinstance(error, ConfigError) or not _is_failed_write(error):
+            raise
+        raise disk_error(rank_folder, error if isinstance(error, OSError) else OSError(str(error))) from error
     dist.barrier()
-    if dist.get_rank() == 0:
+    if Rank.from_environment().local_rank == 0:  # on every node: its disk may be its own
         keep_companions(state.run.model, settings.checkpoint.load, settings.data.tokenizer_name_or_path, folder,
                         DTYPES[settings.train.precision])
         write_tracker(folder, state.progress.step)
     dist.barrier()
+
+
+def _is_failed_write(error: Exception) -> bool:
+    return isinstance(error, OSError) or "file write failed" in str(error) or "unexpected pos" in str(error)
 
 
 def _rank_state(state: TrainState) -> dict[str, Any]:
