@@ -84,7 +84,7 @@ def test_evaluation_and_exits(folder: Path) -> None:
          "--metrics-file", str(folder / "eval.jsonl")],
         [*data, "--train-iters", "9", "--exit-interval", "3", "--eval-iters", "0",
          "--metrics-file", str(folder / "exit.jsonl")],
-        [*data, "--train-iters", "9", "--exit-duration-in-mins", "1e-6", "--eval-iters", "0",
+        [*data, "--train-iters", "9", "--exit-duration-in-mins", "1e-9", "--eval-iters", "0",
          "--metrics-file", str(folder / "late.jsonl")],
         [*data, "--train-iters", "2", "--eval-iters", "2", "--eval-interval", "1", "--split", "100,0,0",
          "--metrics-file", str(folder / "train-only.jsonl")],
@@ -148,8 +148,8 @@ def test_two_nodes_with_separate_disks(folder: Path, tmp_path: Path) -> None:
         disk.mkdir()
         write_data(disk / "data")
         arguments = ["--model", str(folder / "model"), "--data-path", "data", "--split", "100,0,0",
-                     "--train-iters", "3", "--eval-iters", "0", *COMMON, "--no-shared-storage", "--data-cache-path", "cache",
-                     "--metrics-file", "metrics.jsonl"]
+                     "--train-iters", "3", "--eval-iters", "0", *COMMON, "--no-shared-storage",
+                     "--data-cache-path", "cache", "--metrics-file", "metrics.jsonl"]
         jobs.append(subprocess.Popen(
             [*LAUNCH, "--nproc-per-node", "1", "--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1",
              "--master-port", str(port), str(REPO / "pretrain_gpt.py"), *arguments], cwd=disk, env=environment(),
