@@ -128,3 +128,12 @@ def test_the_architecture_page_shows_these_floors() -> None:
     for floor, room in rows:
         shown.setdefault(int(floor), []).extend(re.findall(r"`modellink/(\w+?)(?:\.py|/)`", room))
     assert [tuple(shown[number]) for number in range(len(FLOORS))] == list(FLOORS)
+
+
+def test_git_ignores_no_file_of_the_package() -> None:
+    if not (REPO / ".git").exists():
+        pytest.skip("not a git clone")
+    names = "\n".join(str(path.relative_to(REPO)) for path in [*FILES, *(REPO / "tests").glob("*.py")])
+    done = subprocess.run(["git", "check-ignore", "--no-index", "--stdin"], cwd=REPO, input=names, capture_output=True,
+                          text=True)
+    assert done.stdout == "", f".gitignore hides {done.stdout}"
