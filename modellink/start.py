@@ -17,7 +17,7 @@ def prepare_core(device: Device) -> None:
     # the core says on import what it lacks (Apex, Transformer Engine); `modellink doctor` says what is used instead
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
     # torch 2.13 renames collectives that this core still calls by their old names
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     retarget(device)
     apply_patches(device)

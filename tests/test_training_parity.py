@@ -10,6 +10,8 @@ import torch
 from ladder import read_metrics, run_cases
 from tiny import save_tiny
 
+from modellink.config import ConfigError
+from modellink.config.settings import parse_settings
 from modellink.data.datasets import build_datasets
 from modellink.data.indexed import IndexedWriter
 
@@ -137,3 +139,11 @@ def test_layout_equals_one_process(world: int, layout: str, model: str, recomput
     assert [record["loss"] for record in records] == pytest.approx([r["loss"] for r in reference], abs=1e-5)
     assert [record["grad_norm"] for record in records] == pytest.approx([r["grad_norm"] for r in reference], rel=1e-5)
     assert {record["tokens"] for record in records} == {SEQ * GBS}
+
+
+def test_no_flag_selects_the_pairing_of_messages() -> None:
+    """With PP2 the other pair of settings lets messages cross silently: it is derived, never asked for."""
+    for name in ("--overlap-p2p-communication", "--no-overlap-p2p-communication", "--overlap-p2p-comm",
+                 "--batch-p2p-comm", "--no-batch-p2p-communication"):
+        with pytest.raises(ConfigError, match="unknown flag"):
+            parse_settings("pretrain_gpt.py", "", [name])
