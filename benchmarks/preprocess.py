@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modellink.data.encode import Encoder  # noqa: E402
-from modellink.data.handlers import make_handler  # noqa: E402
+from modellink.data.handlers import GeneralPretrainHandler  # noqa: E402
 from modellink.data.indexed import data_files  # noqa: E402
 from modellink.data.preprocess import preprocess  # noqa: E402
 from modellink.data.readers import find_files, read_batches  # noqa: E402
@@ -49,7 +49,7 @@ def source_texts(path: str | None) -> list[str]:
         return [part for _, topic in sorted(pydoc_data.topics.topics.items())
                 for part in re.split(r"\n\s*\n", topic) if part.strip()]
     files, kind, _ = find_files(Path(path))
-    handler = make_handler("GeneralPretrainHandler", ("text",))
+    handler = GeneralPretrainHandler(("text",))
     return [text for batch in read_batches(files, kind, ("text",)) for text in handler.texts(batch)[0] if text.strip()]
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         repeats = max(1, round(options.megabytes * 1e6 / len(lines)))
         source.write_text(lines * repeats, encoding="utf-8")
 
-        encoder = Encoder(tokenizer, make_handler("GeneralPretrainHandler", ("text",)), False, None)
+        encoder = Encoder(tokenizer, GeneralPretrainHandler(("text",)), False, None)
         loop = functools.partial(plain_loop, tokenizer, source, str(folder / "loop"))
         tokens = loop()  # also fills caches before anything is timed
         ours = {f"ours{workers}": workers for workers in options.workers}

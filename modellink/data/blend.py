@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from modellink.config.errors import ConfigError
-from modellink.data.gpt_dataset import GPTDataset
 from modellink.data.index_cache import cached_arrays
 
 
@@ -73,6 +73,14 @@ def blend_indices(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.n
     return which, number
 
 
+class Part(Protocol):
+    """A data set of a blend."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]: ...
+
+
 class BlendedDataset(Dataset[dict[str, torch.Tensor]]):
     """Samples of several data sets in the order of `blend_indices`.
 
@@ -83,9 +91,9 @@ class BlendedDataset(Dataset[dict[str, torch.Tensor]]):
         cache_dir, build: as in GPTDataset.
     """
 
-    def __init__(self, datasets: Sequence[GPTDataset], weights: Sequence[float], size: int,
+    def __init__(self, datasets: Sequence[Part], weights: Sequence[float], size: int,
                  cache_dir: Path | None = None, build: bool = True):
-        self.datasets = list(datasets)
+        self.datasets: list[Part] = list(datasets)
         self.weights = normalised(weights)
         self.dataset_index, self.dataset_sample_index = cached_arrays(
             cache_dir, "BlendedDataset", {"version": 1, "weights": self.weights, "size": size},

@@ -4,13 +4,14 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from modellink.config.errors import ConfigError, ProblemList
-from modellink.data.blend import BlendedDataset, parse_blend
+from modellink.data.blend import BlendedDataset, Part, parse_blend
 from modellink.data.gpt_dataset import GPTDataset
 from modellink.data.indexed import IndexedDataset
 from modellink.data.mock import MockDataset
@@ -45,8 +46,24 @@ def parse_split(split: str | None) -> list[Range | None]:
     return [(begin, end) if end > begin else None for begin, end in zip(ends, ends[1:])]
 
 
-class _Builder:
-    """Builds the sets of one run from prefixes, shares and sizes."""
+class Source(Protocol):
+    """Documents of one prefix."""
+
+    prefix: str
+
+    def __len__(self) -> int: ...
+
+
+class SourcedPart(Part, Protocol):
+    """A data set made of one source."""
+
+    indexed: Any
+
+
+class SplitBuilder:
+    """Builds the sets of one run from prefixes, shares and sizes; subclasses say of what kind they are."""
+
+    cache_name = "GPTDataset"
 
     def __init__(self, vocab_size: int, seq_length: int, seed: int, cache_dir: Path | None, build: bool):
         self.vocab_size = vocab_size
@@ -55,10 +72,16 @@ class _Builder:
         self.cache_dir = cache_dir
         self.build = build
 
-    def _cache(self, indexed: IndexedDataset, kind: str) -> Path:
-        return self.cache_dir or Path(indexed.prefix) / "cache" / f"{kind}_indices"
+    def make(self, source: Any, documents: tuple[int, int], samples: int | None) -> SourcedPart:
+        """The set of some documents of a source."""
+        return GPTDataset(source, documents, samples, self.seq_length, self.seed, self.cache(source), self.build,
+                          self.vocab_size)
 
-    def _part(self, indexed: IndexedDataset, share: Range, split: str, samples: int | None) -> GPTDataset | None:
+    def cache(self, indexed: Source, kind: str | None = None) -> Path:
+        """Folder of the index."""
+        return self.cache_dir or Path(indexed.prefix) / "cache" / f"{kind or self.cache_name}_indices"
+
+    def _part(self, indexed: Source, share: Range, split: str, samples: int | None) -> SourcedPart | None:
         """One data set's documents of one split; None when rounding leaves it without any."""
         first, last = (int(round(edge * float(len(indexed)))) for edge in share)
         if first == last:
@@ -67,11 +90,10 @@ class _Builder:
                                   "change --split or use a larger data set.")
             logger.warning("%s: no documents fall into the %s split; it is left out.", indexed.prefix, split)
             return None
-        return GPTDataset(indexed, (first, last), samples, self.seq_length, self.seed,
-                          self._cache(indexed, "GPTDataset"), self.build, self.vocab_size)
+        return self.make(indexed, (first, last), samples)
 
-    def one_split(self, sources: Sequence[IndexedDataset], weights: list[float] | None, share: Range, split: str,
-                  samples: int) -> GPTDataset | BlendedDataset | None:
+    def one_split(self, sources: Sequence[Source], weights: list[float] | None, share: Range, split: str,
+                  samples: int) -> SourcedPart | BlendedDataset | None:
         """The set of one split with at least `samples` samples."""
         if len(sources) == 1 and weights is None:
             return self._part(sources[0], share, split, samples)
@@ -88,20 +110,43 @@ class _Builder:
         present = [(part, weight) for part, weight in built if part is not None]
         return self._blend([part for part, _ in present], [weight for _, weight in present], sum(wanted), share, split)
 
-    def _blend(self, parts: Sequence[GPTDataset], weights: Sequence[float], size: int, share: Range,
+    def _blend(self, parts: Sequence[SourcedPart], weights: Sequence[float], size: int, share: Range,
                split: str) -> BlendedDataset | None:
         if not parts:
             return None
-        blend = BlendedDataset(parts, weights, size, self._cache(parts[0].indexed, "BlendedDataset"), self.build)
+        blend = BlendedDataset(parts, weights, size, self.cache(parts[0].indexed, "BlendedDataset"), self.build)
         # many small shares round up, and a large one then gives more than was built for it (megatron-core stops here)
         for i, count in enumerate(np.bincount(blend.dataset_index, minlength=len(parts)).tolist()):
             longer = self._part(parts[i].indexed, share, split, count) if count > len(parts[i]) else None
             blend.datasets[i] = longer or parts[i]
         return blend
 
+    def all_splits(self, data_path: list[str] | None, per_split: Sequence[list[str] | None],
+                   shares: Sequence[Range | None], sources: Mapping[str, Source],
+                   num_samples: tuple[int, int, int], split: str | None) -> list[Any]:
+        """train, valid and test; None for a set that is not wanted or whose split is empty.
 
-def _check_choice(data_path: list[str] | None, split: str | None, per_split: Sequence[list[str] | None],
-                  mock: bool) -> None:
+        Raises:
+            ConfigError: nothing is left for training.
+        """
+        built: list[Any] = []
+        for i, (name, samples) in enumerate(zip(SPLITS, num_samples)):
+            words = data_path or per_split[i]
+            share = shares[i] if data_path else (0.0, 1.0)
+            if not samples or not words or share is None:
+                built.append(None)
+                continue
+            prefixes, weights = parse_blend(words, "--data-path" if data_path else f"--{name}-data-path")
+            built.append(self.one_split([sources[prefix] for prefix in prefixes], weights, share, name, samples))
+        if num_samples[0] and built[0] is None:
+            raise ConfigError(f"--split {split}: nothing is left for training; its first share must be above 0."
+                              if data_path else "--train-data-path is missing: training needs it.")
+        return built
+
+
+def check_choice(data_path: list[str] | None, split: str | None, per_split: Sequence[list[str] | None],
+                 mock: bool) -> None:
+    """Raise a ConfigError when the flags of the data contradict each other or name none."""
     problems = ProblemList()
     names = [f"--{split_name}-data-path" for split_name, words in zip(SPLITS, per_split) if words]
     given = [*(["--data-path"] if data_path else []), *names]
@@ -162,24 +207,13 @@ def build_datasets(*, data_path: list[str] | None, split: str | None, train_data
         ConfigError: flags that contradict each other, or data that is missing, broken or too short.
     """
     per_split = (train_data_path, valid_data_path, test_data_path)
-    _check_choice(data_path, split, per_split, mock)
+    check_choice(data_path, split, per_split, mock)
     if mock:
         sets = [MockDataset(vocab_size, seq_length, samples, seed + i) if samples else None
                 for i, samples in enumerate(num_samples)]
         return sets[0], sets[1], sets[2]
     shares = parse_split(split)
     sources = open_sources(data_path, per_split)
-    builder = _Builder(vocab_size, seq_length, seed, cache_dir, build)
-    built: list[AnyDataset | None] = []
-    for i, (name, samples) in enumerate(zip(SPLITS, num_samples)):
-        words = data_path or per_split[i]
-        share = shares[i] if data_path else (0.0, 1.0)
-        if not samples or not words or share is None:
-            built.append(None)
-            continue
-        prefixes, weights = parse_blend(words, "--data-path" if data_path else f"--{name}-data-path")
-        built.append(builder.one_split([sources[prefix] for prefix in prefixes], weights, share, name, samples))
-    if num_samples[0] and built[0] is None:
-        raise ConfigError(f"--split {split}: nothing is left for training; its first share must be above 0."
-                          if data_path else "--train-data-path is missing: training needs it.")
+    built = SplitBuilder(vocab_size, seq_length, seed, cache_dir, build).all_splits(
+        data_path, per_split, shares, sources, num_samples, split)
     return built[0], built[1], built[2]

@@ -7,12 +7,13 @@ import multiprocessing
 import os
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from modellink.config.errors import ConfigError
 from modellink.data.batches import Batch
-from modellink.data.handlers import GeneralPretrainHandler
+from modellink.data.handlers import Handler, TextHandler
 from modellink.data.tokenizer import eod_id
 
 if TYPE_CHECKING:
@@ -30,30 +31,53 @@ class Encoded:
         lengths: int32 [documents].
         empty: texts that gave no token.
         dropped: documents longer than the limit.
+        truncated: documents cut at the limit.
+        unlearnt: samples left out because nothing that is learnt was left of them.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     empty: int
     dropped: int
+    truncated: int = 0
+    unlearnt: int = 0
+
+
+def too_long(batch: Batch, i: int, length: int, longest: int) -> ConfigError:
+    """The sentence for --overlong error."""
+    return ConfigError(f"{batch.place(i)}: {length} tokens are more than --seq-length {longest}; shorten the record, "
+                       "raise --seq-length or choose --overlong drop or truncate.")
+
+
+class BatchEncoder(Protocol):
+    """What a worker does with a batch: one Encoded for each output of the handler."""
+
+    @property
+    def handler(self) -> Handler:
+        """Makes texts or dialogues of rows."""
+
+    def __call__(self, batch: Batch) -> list[Encoded]:
+        """Tokens of a batch."""
 
 
 class Encoder:
-    """What a worker does with a batch.
+    """Encodes texts.
 
     Args:
         tokenizer: gives the same ids as `tokenizer(text)["input_ids"]` for every text.
         handler: makes texts of rows.
         append_eod: end each document with the end-of-document token.
-        longest: documents with more tokens are dropped; None keeps all.
+        longest: the most tokens of a document; None: any number.
+        overlong: what becomes of documents with more tokens: `drop`, `truncate` or `error`.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", handler: GeneralPretrainHandler, append_eod: bool,
-                 longest: int | None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", handler: TextHandler, append_eod: bool,
+                 longest: int | None, overlong: str = "drop"):
         self.tokenizer = tokenizer
         self.handler = handler
-        self.end = [eod_id(tokenizer)] if append_eod else []
+        self.end = [eod_id(tokenizer)] if append_eod or handler.ends_documents else []
         self.longest = longest
+        self.overlong = overlong
         if tokenizer.is_fast:
             # the state that a call of the tokenizer sets before it encodes
             backend = tokenizer.backend_tokenizer
@@ -70,22 +94,32 @@ class Encoder:
 
     def __call__(self, batch: Batch) -> list[Encoded]:
         """Tokens of a batch, one Encoded per output."""
-        return [self._encode(texts) for texts in self.handler.texts(batch)]
+        return [self._encode(batch, texts) for texts in self.handler.texts(batch)]
 
-    def _encode(self, texts: list[str]) -> Encoded:
+    def _encode(self, batch: Batch, texts: list[str]) -> Encoded:
         found = self.ids(texts)
         documents = [ids + self.end for ids in found if ids]
         empty = len(found) - len(documents)
-        kept = documents if self.longest is None else [ids for ids in documents if len(ids) <= self.longest]
+        longest = self.longest
+        kept, truncated = documents, 0
+        if longest is not None:
+            long = sum(len(ids) > longest for ids in documents)
+            if long and self.overlong == "error":
+                i = next(i for i, ids in enumerate(found) if ids and len(ids) + len(self.end) > longest)
+                raise too_long(batch, i, len(found[i]) + len(self.end), longest)
+            if self.overlong == "truncate":
+                kept, truncated = [ids[:longest] for ids in documents], long
+            else:
+                kept = [ids for ids in documents if len(ids) <= longest]
         lengths = np.fromiter(map(len, kept), np.int32, len(kept))
         tokens = np.fromiter(itertools.chain.from_iterable(kept), np.int32, int(lengths.sum(dtype=np.int64)))
-        return Encoded(tokens, lengths, empty, len(documents) - len(kept))
+        return Encoded(tokens, lengths, empty, len(documents) - len(kept), truncated)
 
 
-_encoder: Encoder
+_encoder: BatchEncoder
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: BatchEncoder) -> None:
     global _encoder
     _encoder = encoder
     # the processes are the parallelism; threads of the tokenizer on top would fight for the same cores
@@ -96,7 +130,7 @@ def _work(batch: Batch) -> list[Encoded]:
     return _encoder(batch)
 
 
-def encode_in_workers(batches: Iterable[Batch], encoder: Encoder,
+def encode_in_workers(batches: Iterable[Batch], encoder: BatchEncoder,
                       workers: int) -> Generator[tuple[Batch, list[Encoded]], None, None]:
     """Encode batches in `workers` processes; results come in the order of the batches.
 
