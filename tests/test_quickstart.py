@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from modellink.quickstart import compare, curve, prepare
-from modellink.quickstart.__main__ import CONTENTS, REPO, TRAIN_STEPS, in_repository, plan, size
-from modellink.quickstart.steps import Step, StepFailed, run_steps, shown
 from tiny import save_tiny
 from transformers import AutoConfig, AutoTokenizer
 
@@ -20,6 +17,9 @@ from modellink.config.parser import parse_sections
 from modellink.config.settings import parse_settings
 from modellink.data.train_tokenizer import train_tokenizer
 from modellink.launch.options import parse_job
+from modellink.quickstart import compare, curve, prepare
+from modellink.quickstart.__main__ import CONTENTS, REPO, TRAIN_STEPS, in_repository, plan, size
+from modellink.quickstart.steps import Step, StepFailed, run_steps, shown
 
 
 def write_metrics(path: Path, losses: list[float]) -> Path:

@@ -32,14 +32,17 @@ def check_data(settings: Settings, problems: ProblemList) -> None:
         return
     for flag, words in (("--data-path", data.data_path), *split_paths):
         if words is not None:
-            _check_prefixes(words, flag, problems)
+            _check_prefixes(words, flag, settings.train.is_instruction_dataset, problems)
     if data.split is not None:
         _check_split(data.split, problems)
 
 
-def _check_prefixes(words: list[str], flag: str, problems: ProblemList) -> None:
+def _check_prefixes(words: list[str], flag: str, instruction: bool, problems: ProblemList) -> None:
     from modellink.data.blend import parse_blend  # imports torch: only for real data
     from modellink.data.indexed import IndexedDataset
+    from modellink.data.instruction_dataset import InstructionStreams
+
+    kind = InstructionStreams if instruction else IndexedDataset
 
     try:
         prefixes, _ = parse_blend(words, flag)
@@ -47,7 +50,7 @@ def _check_prefixes(words: list[str], flag: str, problems: ProblemList) -> None:
         problems.add(error.problems[0])
         return
     for prefix in prefixes:
-        dataset = problems.catch(lambda prefix=prefix: IndexedDataset(prefix))  # type: ignore[misc]
+        dataset = problems.catch(lambda prefix=prefix: kind(prefix))  # type: ignore[misc]
         if dataset is not None and len(dataset) == 0:  # type: ignore[arg-type]
             problems.add(f"{flag} {prefix}: the data set holds no document; run tools/preprocess_data.py on "
                          "text again.")

@@ -9,7 +9,7 @@ from modellink.config.settings import Settings
 Program = Literal["train", "generate"]
 
 _TUNING = ("lora_target_modules", "lora_load", "lora_r", "lora_alpha", "lora_modules_to_save",
-           "lora_register_forward_hook", "is_instruction_dataset")
+           "lora_register_forward_hook")
 _CHAT = ("inference_prompt_type", "hf_chat_template", "add_eos_token")
 _EVALUATION = ("task_data_path", "evaluation_batch_size", "chat_template", "instruction_template", "greedy")
 
@@ -37,7 +37,7 @@ RULES: dict[str, dict[str, Rule]] = {
                   "lr_warmup_fraction": _UP_TO_1, "lr_warmup_iters": _AT_LEAST_0, "lr_warmup_init": _AT_LEAST_0,
                   "weight_decay": _AT_LEAST_0, "adam_beta1": _SHARE, "adam_beta2": _SHARE, "adam_eps": _ABOVE_0,
                   "clip_grad": _AT_LEAST_0},
-    "data": {"num_workers": _AT_LEAST_0},
+    "data": {"num_workers": _AT_LEAST_0, "pad_to_multiple_of": _AT_LEAST_1},
     "checkpoint": {"save_interval": _AT_LEAST_1},
     "logging": {"log_interval": _AT_LEAST_1},
     "generation": {"max_new_tokens": _AT_LEAST_1, "max_length": _AT_LEAST_1, "temperature": _ABOVE_0,
@@ -59,9 +59,26 @@ def check_values(settings: Settings, program: Program, problems: ProblemList) ->
     _check_later(settings, problems)
     if program == "train":
         _check_needed(settings, problems)
+        _check_instruction(settings, problems)
         _check_recompute(settings, problems)
         _check_schedule(settings, problems)
         _check_overlap(settings, problems)
+
+
+def _check_instruction(settings: Settings, problems: ProblemList) -> None:
+    data = settings.data
+    if not settings.train.is_instruction_dataset:
+        for flag, given in (("--pack", data.pack), ("--variable-seq-lengths", data.variable_seq_lengths)):
+            if given:
+                problems.add(f"{flag}: is for instruction data, text already fills every sample; add "
+                             f"--is-instruction-dataset or leave {flag} out.")
+        return
+    if data.mock_data:
+        problems.add("--mock-data with --is-instruction-dataset: generated tokens have no labels to learn; leave one "
+                     "of them out.")
+    if data.pack and data.variable_seq_lengths:
+        problems.add("--pack with --variable-seq-lengths: packed rows all have --seq-length tokens; leave one of them "
+                     "out.")
 
 
 def _check_later(settings: Settings, problems: ProblemList) -> None:

@@ -150,6 +150,10 @@ class DataSettings:
     valid_data_path: list[str] | None = flag(None, "prefix or blend for validation", nargs="+", metavar="PREFIX")
     test_data_path: list[str] | None = flag(None, "prefix or blend for the test", nargs="+", metavar="PREFIX")
     data_cache_path: str | None = flag(None, "folder for index caches (default: beside the data)")
+    variable_seq_lengths: bool = flag(
+        False, "pad instruction samples to the longest one of the global batch instead of --seq-length")
+    pad_to_multiple_of: int = flag(8, "with --variable-seq-lengths: round the padded length up to a multiple of this")
+    pack: bool = flag(False, "put several instruction samples into one row of --seq-length; none sees another")
     mock_data: bool = flag(False, "train on generated tokens; needs neither data nor tokenizer")
     shared_storage: bool = flag(False, "nodes share a disk; never assumed, so this has no effect")
     num_workers: int = flag(

@@ -1,16 +1,19 @@
 """The microbatches of a step on one rank."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
+from modellink.data.collate import Batch, pack, pad, stack
+from modellink.data.instruction_dataset import sample_lengths
 from modellink.data.sampling import microbatch_indices
 from modellink.models.run import Run
-
-Batch = dict[str, torch.Tensor]
 
 
 class BatchSizes:
@@ -55,34 +58,75 @@ def needs_data() -> bool:
             or parallel_state.is_pipeline_last_stage(ignore_virtual=True))
 
 
+@dataclass(frozen=True)
+class StepBatches:
+    """The microbatches of a step.
+
+    Attributes:
+        iterators: one over all microbatches for each model chunk.
+        seq_length: tokens of a row, the same on every rank: pipeline messages have this shape.
+        micro_batch_size: rows of a microbatch.
+    """
+
+    iterators: list[Iterator[Batch]]
+    seq_length: int
+    micro_batch_size: int
+
+
 class MicrobatchReader:
     """Reads the microbatches of a step for this data parallel rank.
 
     Every rank reads for itself: the data is memory-mapped on its node, and tensor parallel ranks share the page cache.
+    Samples of unequal length (instruction data) are padded to the sequence length, to the longest sample of the global
+    batch (`--variable-seq-lengths`; every rank knows all lengths from the index, so no message is needed), or packed.
     """
 
-    def __init__(self, dataset: Any, micro_batch_size: int, device: torch.device, num_workers: int = 0):
+    def __init__(self, dataset: Any, run: Run, device: torch.device):
         self.dataset = dataset
-        self.micro_batch_size = micro_batch_size
+        self.run = run
         self.device = device
-        self.num_workers = num_workers
+        self.rows = run.settings.train.micro_batch_size
+        self.instruction = run.settings.train.is_instruction_dataset
+        self.packed = run.settings.data.pack
+        self.num_workers = run.settings.data.num_workers
+        variable = self.instruction and run.settings.data.variable_seq_lengths and not self.packed
+        self.lengths = sample_lengths(dataset) if variable else None
 
-    def step(self, consumed_samples: int, num_microbatches: int, copies: int) -> list[Iterator[Batch]]:
-        """One iterator over the step's microbatches for each model chunk (`copies` of them)."""
-        if not needs_data():
-            return [iter(()) for _ in range(copies)]
+    def step(self, consumed_samples: int, num_microbatches: int, copies: int) -> StepBatches:
+        """The microbatches of the step that starts after `consumed_samples`, for `copies` model chunks."""
+        length = self._length(consumed_samples, num_microbatches)
+        shape = (length * self.rows, 1) if self.packed else (length, self.rows)
+        if not (needs_data() or self.packed):  # packed boundaries are needed by every stage's attention
+            return StepBatches([iter(()) for _ in range(copies)], *shape)
         indices = microbatch_indices(
-            consumed_samples, self.micro_batch_size, parallel_state.get_data_parallel_rank(),
+            consumed_samples, self.rows, parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(), num_microbatches)
-        batches = list(self._read(indices))
-        return [iter(batches) for _ in range(copies)]
+        batches = [self._place(batch) for batch in self._read(indices, length)]
+        return StepBatches([iter(batches) for _ in range(copies)], *shape)
 
-    def _read(self, indices: list[list[int]]) -> Iterator[Batch]:
+    def _length(self, consumed_samples: int, num_microbatches: int) -> int:
+        full = self.run.seq_length
+        if self.lengths is None:
+            return full
+        samples = num_microbatches * self.rows * self.run.dims.data
+        longest = int(self.lengths[consumed_samples:consumed_samples + samples].max())
+        unit = math.lcm(self.run.settings.data.pad_to_multiple_of,
+                        self.run.dims.tensor if self.run.dims.sequence_parallel else 1)
+        return min(-(-longest // unit) * unit, full)
+
+    def _collate(self, samples: list[Any], length: int) -> Batch:
+        if self.packed:
+            return pack(samples, length)
+        return pad(samples, length) if self.instruction else stack(samples)
+
+    def _read(self, indices: list[list[int]], length: int) -> Iterator[Batch]:
         if self.num_workers:
-            loader = torch.utils.data.DataLoader(self.dataset, batch_sampler=indices, num_workers=self.num_workers)
-            yield from ({name: value.to(self.device) for name, value in batch.items()} for batch in loader)
+            yield from torch.utils.data.DataLoader(
+                self.dataset, batch_sampler=indices, num_workers=self.num_workers,
+                collate_fn=partial(self._collate, length=length))
             return
         for batch in indices:
-            samples = [self.dataset[index] for index in batch]
-            yield {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]).to(self.device)
-                   for name in samples[0]}
+            yield self._collate([self.dataset[index] for index in batch], length)
+
+    def _place(self, batch: Batch) -> Batch:
+        return {name: value if name == "cu_seqlens" else value.to(self.device) for name, value in batch.items()}

@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 
 from modellink.checkpoint.folders import has_checkpoint
-from modellink.data.datasets import build_datasets
 from modellink.device.base import Device
 from modellink.models.build import build_chunks, transformer_config
 from modellink.models.run import Run
-from modellink.parallel.groups import Rank
 from modellink.training.batches import BatchSizes, MicrobatchReader
+from modellink.training.data import load_data
 from modellink.training.faults import StopRequest
 from modellink.training.metrics import Metrics
 from modellink.training.optimizer import (
@@ -40,28 +39,6 @@ def build_state(run: Run, device: Device) -> TrainState:
     return TrainState(run, device, wrapped, optimizer, build_schedule(run, optimizer))
 
 
-def load_data(run: Run) -> tuple[Any, Any, Any]:
-    """Training, validation and test sets; local rank 0 of each node builds the index cache, then the others read it."""
-    settings = run.settings
-    data, train = settings.data, settings.train
-    steps = train.train_iters or 0
-    evaluations = steps // train.eval_interval + 1
-    wanted = (BatchSizes(run).consumed_after(steps), evaluations * train.eval_iters * run.global_batch_size,
-              train.eval_iters * run.global_batch_size)
-
-    def build(first: bool) -> tuple[Any, Any, Any]:
-        return build_datasets(
-            data_path=data.data_path, split=data.split, train_data_path=data.train_data_path,
-            valid_data_path=data.valid_data_path, test_data_path=data.test_data_path, mock=data.mock_data,
-            vocab_size=run.model.vocab_size, num_samples=wanted, seq_length=run.seq_length, seed=train.seed,
-            cache_dir=Path(data.data_cache_path) if data.data_cache_path else None, build=first)
-
-    first = Rank.from_environment().local_rank == 0
-    sets = build(True) if first else (None, None, None)
-    dist.barrier()
-    return sets if first else build(False)
-
-
 class Trainer:
     """Runs steps on a state."""
 
@@ -69,11 +46,9 @@ class Trainer:
         self.state = state
         self.run = state.run
         self.sizes = BatchSizes(state.run)
-        self.micro_batch_size = state.run.settings.train.micro_batch_size
 
     def reader(self, dataset: Any) -> MicrobatchReader:
-        return MicrobatchReader(dataset, self.micro_batch_size, self.state.device.current(),
-                                self.run.settings.data.num_workers)
+        return MicrobatchReader(dataset, self.run, self.state.device.current())
 
     def step(self, reader: MicrobatchReader, flags: list[int]) -> tuple[StepResult, dict[str, float]]:
         """One optimizer step.
@@ -123,9 +98,8 @@ class Trainer:
     def _microbatches(self, reader: MicrobatchReader, consumed: int, batch_size: int,
                       forward_only: bool) -> list[dict[str, torch.Tensor]]:
         count = self.sizes.microbatches(batch_size)
-        return run_microbatches(
-            self.state.chunks, reader.step(consumed, count, len(self.state.chunks)), num_microbatches=count,
-            micro_batch_size=self.micro_batch_size, seq_length=self.run.seq_length, forward_only=forward_only)
+        return run_microbatches(self.state.chunks, reader.step(consumed, count, len(self.state.chunks)),
+                                num_microbatches=count, forward_only=forward_only)
 
 
 def train(run: Run, device: Device) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from modellink.training.batches import Batch
+from modellink.data.collate import Batch
+from modellink.training.batches import StepBatches
 
 
 def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -36,7 +38,12 @@ def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tens
     """One microbatch through one model chunk, as megatron-core's schedules call it."""
     # A stage between the first and the last reads no data: it gets hidden states and gives hidden states.
     batch: Any = next(batches, {})
-    output = chunk(batch.get("tokens"), None, None, labels=batch.get("labels"))
+    packed = None
+    if "cu_seqlens" in batch:
+        bounds = batch["cu_seqlens"]
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
+                                 max_seqlen_q=int(bounds.diff().max()), max_seqlen_kv=int(bounds.diff().max()))
+    output = chunk(batch.get("tokens"), None, None, labels=batch.get("labels"), packed_seq_params=packed)
     return output, partial(masked_loss, batch.get("loss_mask"))
 
 
@@ -49,17 +56,17 @@ class StepResult:
     flags: list[int]
 
 
-def run_microbatches(chunks: list[Any], iterators: list[Iterator[Batch]], *, num_microbatches: int,
-                     micro_batch_size: int, seq_length: int, forward_only: bool) -> list[dict[str, Tensor]]:
+def run_microbatches(chunks: list[Any], batches: StepBatches, *, num_microbatches: int,
+                     forward_only: bool) -> list[dict[str, Tensor]]:
     """Run the pipeline schedule; returns the reports of the microbatches on the last stage, [] elsewhere."""
     interleaved = len(chunks) > 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iterators if interleaved else iterators[0],
+        data_iterator=batches.iterators if interleaved else batches.iterators[0],
         model=chunks if interleaved else chunks[0],
         num_microbatches=num_microbatches,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
+        seq_length=batches.seq_length,
+        micro_batch_size=batches.micro_batch_size,
         forward_only=forward_only,
     )
 
