@@ -177,7 +177,8 @@ def test_pad_and_pack() -> None:
     (["--data-path", "@/data", "--pack"], ["--pack", "--is-instruction-dataset"]),
     (["--data-path", "@/data", "--variable-seq-lengths"], ["--variable-seq-lengths", "--is-instruction-dataset"]),
     (["--mock-data", "--is-instruction-dataset"], ["--mock-data", "labels"]),
-    (["--data-path", "@/data", "--is-instruction-dataset", "--pack", "--variable-seq-lengths"], ["--pack", "leave one"]),
+    (["--data-path", "@/data", "--is-instruction-dataset", "--pack", "--variable-seq-lengths"],
+     ["--pack", "leave one"]),
     (["--data-path", "@/nothing", "--is-instruction-dataset"], ["nothing"]),
     (["--data-path", "@/data", "--is-instruction-dataset", "--pad-to-multiple-of", "0"], ["--pad-to-multiple-of 0"]),
 ])
@@ -187,8 +188,9 @@ def test_wrong_flags(flags: list[str], words: list[str], folder: Path) -> None:
         write_streams(folder / "plain")
         line = [word.replace(str(folder / "data"), str(folder / "plain_packed_input_ids_document")) for word in line]
     with pytest.raises(ConfigError) as error:
-        prepare_run(parse_settings("t", "", ["--load", str(folder / "mg"), "--finetune", "--seq-length", "16",
-                                             "--train-iters", "2", "--lr", "1e-3", "--device", "cpu", *line]), 1, "train")
+        prepare_run(parse_settings("t", "", [
+            "--load", str(folder / "mg"), "--finetune", "--seq-length", "16", "--train-iters", "2", "--lr", "1e-3",
+            "--device", "cpu", *line]), 1, "train")
     assert len(error.value.problems) == 1
     for word in words:
         assert word in error.value.problems[0]
