@@ -1,5 +1,6 @@
 """Merges settings, `--model` and loaded weights into one checked run, before any device or process group starts."""
 
+from modellink.checks.adapters import check_lora, refuse_adapters_as_base
 from modellink.checks.inputs import check_data, check_tokenizer
 from modellink.checks.layout import (
     check_batches,
@@ -46,6 +47,7 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
         problems.raise_if_any()
         raise AssertionError("a run without an architecture always has a problem")
     dims = _layout(settings, model, world_size, program, problems)
+    plan = check_lora(settings, weights, model, dims, problems) if program == "train" else None
     rows = 0
     if settings.parallel.tensor_model_parallel_size >= 1:
         check_tensor_parallel(model, settings.parallel.tensor_model_parallel_size, problems)
@@ -56,20 +58,22 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
         if program == "train":
             check_recompute_layers(model, settings, dims, problems)
             batch = check_batches(settings, dims, problems)
-            if weights is not None:
+            if weights is not None and plan is None:  # optimizer state of a base has no meaning for adapters
                 check_resume(settings, weights, dims, problems)
     device = problems.catch(lambda: _device(settings, elsewhere))
     problems.raise_if_any()
     assert dims is not None and isinstance(device, tuple)
     return Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
                seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
-               notices=tuple(_notices(settings, dims, program, *device)))
+               notices=tuple(_notices(settings, dims, program, *device)), lora=plan)
 
 
 def _find_model(settings: Settings, program: Program,
                 problems: ProblemList) -> tuple[Weights | None, ModelConfig | None, dict[str, str]]:
     weights = None
     try:
+        if settings.checkpoint.load is not None:
+            refuse_adapters_as_base(settings.checkpoint.load)
         weights = find_weights(settings, program)
     except ConfigError as error:
         for problem in error.problems:
@@ -116,6 +120,8 @@ def _device(settings: Settings, elsewhere: bool) -> tuple[str, str]:
 
 def _notices(settings: Settings, dims: ParallelDims, program: Program, device: str, backend: str) -> list[str]:
     notices = wish_notices(settings, dims, device, backend)
+    if program == "train" and "lora_register_forward_hook" in settings.given:
+        notices.append("--lora-register-forward-hook has no effect: gradients reach the adapters without it.")
     if program == "generate" and settings.parallel.num_layers_per_virtual_pipeline_stage is not None:
         notices.append("--num-layers-per-virtual-pipeline-stage has no effect on generation.")
     return notices

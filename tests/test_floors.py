@@ -14,7 +14,7 @@ PACKAGE = REPO / "modellink"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "device"),
     ("ops", "patches", "parallel"),
-    ("models", "data"),
+    ("lora", "models", "data"),
     ("checkpoint", "training", "inference"),
     ("checks", "planner", "runtime", "start", "launch", "doctor", "quickstart", "cli"),
 )

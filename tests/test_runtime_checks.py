@@ -141,8 +141,9 @@ WRONG: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
     "param gather alone": (f"{MOCK} --overlap-param-gather", 1, "train", (
         "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",)),
     "instruction data": (f"{MOCK} --is-instruction-dataset", 1, "train", (
-        "--is-instruction-dataset belongs to tuning",)),
-    "LoRA": (f"{MOCK} --lora-r 8 --lora-alpha 4", 1, "train", ("--lora-r, --lora-alpha belong to tuning",)),
+        "--mock-data with --is-instruction-dataset",)),
+    "LoRA without targets": (f"{MOCK} --lora-r 8 --lora-alpha 4", 1, "train", (
+        "--lora-r, --lora-alpha without --lora-target-modules", "all-linear")),
     "evaluation flags": (f"{MOCK} --no-chat-template", 1, "train", ("--no-chat-template belongs to evaluation",)),
     "negative rate": (f"{MOCK} --lr -1", 1, "train", ("--lr -1", "above 0")),
     "micro batch of 0": (f"{MOCK} --micro-batch-size 0", 1, "train", ("--micro-batch-size 0", "at least 1")),

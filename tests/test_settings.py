@@ -49,12 +49,12 @@ def test_pretrain_lists_describe_their_model_without_a_preset(size: str) -> None
 
 
 @pytest.mark.parametrize("size", original.TUNE)
-def test_tune_lists_parse_and_say_that_tuning_comes_later(size: str) -> None:
+def test_tune_lists_lack_nothing_but_data(size: str) -> None:
     settings = parse([*original.tune_flags(size), "--model", f"qwen15-{size}", "--mock-data", "--device", "cpu"])
-    assert settings.later.lora_target_modules == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    assert settings.lora.lora_target_modules == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     assert settings.train.finetune and settings.train.is_instruction_dataset
     resolve_model(settings, None)
-    with pytest.raises(ConfigError, match="belong to tuning") as error:
+    with pytest.raises(ConfigError, match="--mock-data with --is-instruction-dataset") as error:
         prepare_run(settings, original.TUNE[size][0], "train")
     assert len(error.value.problems) == 1
 

@@ -71,8 +71,14 @@ def chunk_tensors(source: Source, layout: Layout, tensor_rank: int, stage: int, 
         padded_vocab_size: vocabulary rows over all tensor ranks, a multiple of `layout.tensor`.
         dtype: cast to this dtype; None keeps each tensor's own.
     """
+    return rule_tensors(source, chunk_rules(model, layout, stage, chunk), layout, tensor_rank, padded_vocab_size, dtype)
+
+
+def rule_tensors(source: Source, rules: list[tuple[str, Rule]], layout: Layout, tensor_rank: int,
+                 padded_vocab_size: int, dtype: torch.dtype | None = None) -> list[LazyTensor]:
+    """The tensors of `rules` (full Megatron name and rule) on one tensor rank; see `chunk_tensors`."""
     tensors = []
-    for name, rule in chunk_rules(model, layout, stage, chunk):
+    for name, rule in rules:
         pieces = rule.pieces(layout.tensor, tensor_rank, padded_vocab_size)
         stored = source.dtype_of(rule.hf[0].name)
         for tensor in rule.hf[1:]:

@@ -6,11 +6,12 @@ import torch
 
 from modellink.checkpoint.chunks import Source, read_chunk
 from modellink.checkpoint.layout import Layout
+from modellink.lora.plan import is_adapter_name
 
 
 def load_model(chunks: Sequence[torch.nn.Module], source: Source, layout: Layout, tensor_rank: int, stage: int, *,
                padded_vocab_size: int) -> None:
-    """Copy weights into the parameters of this rank, converting to their dtype; every parameter must be filled.
+    """Copy weights into the parameters of this rank, converting to their dtype; all but adapters must be filled.
 
     Args:
         chunks: the model chunks of this rank, in order.
@@ -23,7 +24,7 @@ def load_model(chunks: Sequence[torch.nn.Module], source: Source, layout: Layout
     for index, chunk in enumerate(chunks):
         state = read_chunk(source, layout, tensor_rank, stage, index, model=source.model,
                            padded_vocab_size=padded_vocab_size)
-        parameters = dict(chunk.named_parameters())
+        parameters = {name: parameter for name, parameter in chunk.named_parameters() if not is_adapter_name(name)}
         if parameters.keys() != state.keys():
             raise RuntimeError(f"the rule table and the model disagree: {sorted(parameters.keys() ^ state.keys())}")
         with torch.no_grad():

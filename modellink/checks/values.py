@@ -1,15 +1,15 @@
 """Flags that are wrong by themselves: out of range, missing, contradicting each other, or of a later version."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Literal
 
 from modellink.config.errors import ProblemList
-from modellink.config.settings import Settings
+from modellink.config.settings import LoraSettings, Settings
 
 Program = Literal["train", "generate"]
 
-_TUNING = ("lora_target_modules", "lora_load", "lora_r", "lora_alpha", "lora_modules_to_save",
-           "lora_register_forward_hook")
+_LORA = tuple(field.name for field in fields(LoraSettings))
 _CHAT = ("inference_prompt_type", "hf_chat_template", "add_eos_token")
 _EVALUATION = ("task_data_path", "evaluation_batch_size", "chat_template", "instruction_template", "greedy")
 
@@ -40,6 +40,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "data": {"num_workers": _AT_LEAST_0, "pad_to_multiple_of": _AT_LEAST_1},
     "checkpoint": {"save_interval": _AT_LEAST_1},
     "logging": {"log_interval": _AT_LEAST_1},
+    "lora": {"lora_r": _AT_LEAST_1, "lora_alpha": _ABOVE_0, "lora_dropout": _SHARE},
     "generation": {"max_new_tokens": _AT_LEAST_1, "max_length": _AT_LEAST_1, "temperature": _ABOVE_0,
                    "top_k": _AT_LEAST_0, "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1")},
 }
@@ -56,7 +57,7 @@ def check_values(settings: Settings, program: Program, problems: ProblemList) ->
             value = getattr(getattr(settings, section), field)
             if value is not None and not holds(value):
                 problems.add(f"{flag_name(field)} {value}: must be {rule}; correct it.")
-    _check_later(settings, problems)
+    _check_later(settings, program, problems)
     if program == "train":
         _check_needed(settings, problems)
         _check_instruction(settings, problems)
@@ -81,9 +82,10 @@ def _check_instruction(settings: Settings, problems: ProblemList) -> None:
                      "out.")
 
 
-def _check_later(settings: Settings, problems: ProblemList) -> None:
-    for fields, job in ((_TUNING, "tuning"), (_EVALUATION, "evaluation"), (_CHAT, "chat")):
-        found = [_as_typed(settings, field) for field in fields if field in settings.given]
+def _check_later(settings: Settings, program: Program, problems: ProblemList) -> None:
+    chat = _CHAT if program == "train" else (*_CHAT, *_LORA)
+    for names, job in ((_EVALUATION, "evaluation"), (chat, "chat")):
+        found = [_as_typed(settings, field) for field in names if field in settings.given]
         if found:
             verb = "belongs" if len(found) == 1 else "belong"
             problems.add(f"{', '.join(found)} {verb} to {job}, which this version does not have yet; leave "
@@ -91,7 +93,7 @@ def _check_later(settings: Settings, problems: ProblemList) -> None:
 
 
 def _as_typed(settings: Settings, field: str) -> str:
-    section = settings.train if hasattr(settings.train, field) else settings.later
+    section = next(part for part in (settings.train, settings.lora, settings.later) if hasattr(part, field))
     return flag_name(field) if getattr(section, field) is not False else f"--no-{flag_name(field)[2:]}"
 
 

@@ -203,15 +203,33 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """LoRA; given --lora-target-modules, only adapters are trained and saved, on the frozen weights of --load."""
+
+    lora_target_modules: list[str] | None = flag(
+        None, "linear layers that get adapters: query_key_value dense dense_h_to_4h dense_4h_to_h (or linear_qkv "
+        "linear_proj linear_fc1 linear_fc2) share one A over each fused layer; q_proj k_proj v_proj o_proj gate_proj "
+        "up_proj down_proj, or all-linear for these seven, train one adapter per projection as PEFT does",
+        nargs="+", metavar="MODULE")
+    lora_load: str | None = flag(
+        None, "adapter checkpoint (of any layout) to start from: weights only, step 0; an adapter checkpoint in --save "
+        "is continued instead")
+    lora_r: int = flag(16, "rank of the adapters")
+    lora_alpha: float = flag(32.0, "adapters are scaled by this over the rank")
+    lora_dropout: float = flag(0.0, "dropout on the input of the adapters")
+    use_rslora: bool = flag(False, "scale adapters by alpha over the root of the rank (rsLoRA)")
+    use_dora: bool = flag(False, "also train the length of each row of the adapted weights (DoRA)")
+    lora_modules_to_save: list[str] | None = flag(
+        None, "modules trained whole beside the adapters: word_embeddings, output_layer (with a tied head both are the "
+        "embedding)", nargs="+", metavar="MODULE")
+    lora_register_forward_hook: list[str] | None = flag(
+        None, "accepted without effect: gradients reach the adapters without it", nargs="+", metavar="MODULE")
+
+
+@dataclass(frozen=True)
 class LaterSettings:
     """Flags of commands that this version does not run yet; they parse, and a program that would need them says so."""
 
-    lora_target_modules: list[str] | None = flag(None, "LoRA: target modules", nargs="+", metavar="MODULE")
-    lora_load: str | None = flag(None, "LoRA: adapter folder")
-    lora_r: int = flag(16, "LoRA: rank")
-    lora_alpha: int = flag(32, "LoRA: scale")
-    lora_modules_to_save: list[str] | None = flag(None, "LoRA: modules trained whole", nargs="+", metavar="MODULE")
-    lora_register_forward_hook: list[str] | None = flag(None, "LoRA: no effect", nargs="+", metavar="MODULE")
     inference_prompt_type: str | None = flag(None, "chat: prompt template")
     hf_chat_template: bool = flag(False, "chat: the model's own template")
     add_eos_token: list[str] | None = flag(None, "chat: further stop tokens", nargs="+", metavar="TOKEN")
@@ -235,12 +253,14 @@ class Settings:
     checkpoint: CheckpointSettings
     logging: LoggingSettings
     generation: GenerationSettings
+    lora: LoraSettings
     later: LaterSettings
     given: frozenset[str] = frozenset()
 
 
 SECTIONS: tuple[type, ...] = (ModelSettings, ParallelSettings, DeviceSettings, TrainSettings, OptimizerSettings,
-                              DataSettings, CheckpointSettings, LoggingSettings, GenerationSettings, LaterSettings)
+                              DataSettings, CheckpointSettings, LoggingSettings, GenerationSettings, LoraSettings,
+                              LaterSettings)
 
 
 def parse_settings(prog: str, description: str, argv: Sequence[str] | None = None) -> Settings:

@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from modellink.lora.inject import inject
 from modellink.models.gpt import QwenModel
 from modellink.models.run import Run
 from modellink.models.spec import block_spec
@@ -75,7 +76,10 @@ def transformer_config(run: Run, device_name: str, **changes: Any) -> Transforme
 
 
 def build_chunks(run: Run, config: TransformerConfig) -> list[QwenModel]:
-    """The model chunks of this rank (one, or one for each virtual stage), on the CPU or the current device."""
+    """The model chunks of this rank (one, or one for each virtual stage), on the CPU or the current device.
+
+    A run with a LoRA plan gets its adapters here, and everything else frozen.
+    """
     model, dims = run.model, run.dims
     layers = model.num_layers // (dims.pipeline * dims.chunks)
     chunks = []
@@ -83,7 +87,7 @@ def build_chunks(run: Run, config: TransformerConfig) -> list[QwenModel]:
         stage = {"ignore_virtual": False, "vp_stage": chunk} if dims.chunks > 1 else {}
         chunks.append(QwenModel(
             config,
-            block_spec(layers),
+            block_spec(layers, adapted=run.lora is not None),
             vocab_size=run.padded_vocab_size,
             real_vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
@@ -94,4 +98,6 @@ def build_chunks(run: Run, config: TransformerConfig) -> list[QwenModel]:
             rotary_base=model.rope_theta,
             vp_stage=chunk if dims.chunks > 1 else None,
         ))
+        if run.lora is not None:
+            inject(chunks[-1], run.lora, run.settings.train.seed)
     return chunks

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from modellink.config.model import ModelConfig
 from modellink.config.settings import Settings
+from modellink.lora.plan import LoraPlan
 from modellink.parallel.dims import ParallelDims
 
 
@@ -20,6 +21,7 @@ class Run:
         seq_length: tokens of one sample.
         global_batch_size: samples of one step after ramp-up.
         notices: lines to print once at start (wishes that have no effect, what was chosen and why).
+        lora: which adapters are trained; None when all weights are.
     """
 
     settings: Settings
@@ -30,3 +32,4 @@ class Run:
     seq_length: int
     global_batch_size: int
     notices: tuple[str, ...] = field(default=())
+    lora: LoraPlan | None = None

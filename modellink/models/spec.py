@@ -9,11 +9,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from modellink.lora.adapters import LoraColumnParallelLinear, LoraRowParallelLinear
 from modellink.models.layers import CoreAttention, QwenMLP, QwenSelfAttention, RMSNorm
 
 
-def layer_spec() -> ModuleSpec:
-    """One Qwen1.5 layer: pre-norm attention and gated MLP, names as in Megatron's local spec."""
+def layer_spec(adapted: bool) -> ModuleSpec:
+    """One Qwen1.5 layer: pre-norm attention and gated MLP, names as in Megatron's local spec.
+
+    Args:
+        adapted: the linear layers are those that can carry LoRA adapters.
+    """
+    column = LoraColumnParallelLinear if adapted else ColumnParallelLinear
+    row = LoraRowParallelLinear if adapted else RowParallelLinear
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -22,17 +29,16 @@ def layer_spec() -> ModuleSpec:
                 module=QwenSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear),
+                    linear_qkv=column, core_attention=CoreAttention, linear_proj=row),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=QwenMLP, submodules=MLPSubmodules(
-                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(module=QwenMLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(num_layers: int, *, adapted: bool = False) -> TransformerBlockSubmodules:
     """The layers of one model chunk and the final norm (used by the last chunk only)."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(adapted)] * num_layers, layer_norm=RMSNorm)

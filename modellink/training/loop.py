@@ -12,6 +12,7 @@ from modellink.checkpoint.folders import has_checkpoint
 from modellink.device.base import Device
 from modellink.models.build import build_chunks, transformer_config
 from modellink.models.run import Run
+from modellink.training.adapters import start_adapters
 from modellink.training.batches import BatchSizes, MicrobatchReader
 from modellink.training.data import load_data
 from modellink.training.faults import StopRequest
@@ -109,10 +110,13 @@ def train(run: Run, device: Device) -> None:
     stop = StopRequest()
     train_set, valid_set, test_set = load_data(run)
     state = build_state(run, device)
-    if settings.checkpoint.load is not None and has_checkpoint(Path(settings.checkpoint.load)):
+    line = None
+    if run.lora is not None:
+        line = start_adapters(state)
+    elif settings.checkpoint.load is not None and has_checkpoint(Path(settings.checkpoint.load)):
         line = load(state, Path(settings.checkpoint.load))
-        if rank_zero:
-            print(line, flush=True)
+    if line is not None and rank_zero:
+        print(line, flush=True)
     metrics = Metrics(run, device) if rank_zero else None
     if rank_zero:
         print("TFLOP/s count attention causally; tokens/s count every position of a sample", flush=True)

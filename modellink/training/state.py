@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from modellink.checkpoint.adapter_config import AdapterConfig, shape_of
 from modellink.checkpoint.companions import keep_companions
 from modellink.checkpoint.folders import find_checkpoint, iteration_folder_name, rank_folder_name, write_tracker
 from modellink.checkpoint.layout import Layout
@@ -23,6 +24,7 @@ from modellink.checkpoint.saved_args import saved_args
 from modellink.config import ConfigError
 from modellink.config.files import disk_error, remove
 from modellink.device.base import Device
+from modellink.lora.state import trainable_state
 from modellink.models.build import DTYPES
 from modellink.models.run import Run
 from modellink.parallel.groups import Rank
@@ -51,6 +53,7 @@ class TrainState:
     optimizer: Any
     schedule: Any
     progress: Progress = field(default_factory=Progress)
+    base_checksum: str = ""  # of the frozen weights below adapters
 
     @property
     def layout(self) -> Layout:
@@ -66,7 +69,9 @@ def _model_keys(chunks: list[Any]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
 
-def _model_state(chunk: Any) -> dict[str, torch.Tensor]:
+def _model_state(run: Run, chunk: Any) -> dict[str, torch.Tensor]:
+    if run.lora is not None:
+        return trainable_state(chunk.module)
     # local-spec names without the wrapper's prefix; the core's empty extra states carry nothing
     return {name: parameter.detach() for name, parameter in chunk.module.named_parameters()}
 
@@ -123,8 +128,11 @@ def save(state: TrainState, folder: Path) -> None:
         raise disk_error(rank_folder, error if isinstance(error, OSError) else OSError(str(error))) from error
     dist.barrier()
     if Rank.from_environment().local_rank == 0:  # on every node: its disk may be its own
-        keep_companions(state.run.model, settings.checkpoint.load, settings.data.tokenizer_name_or_path, folder,
-                        DTYPES[settings.train.precision])
+        if state.run.lora is not None:
+            AdapterConfig(state.run.lora, shape_of(state.run.model), state.base_checksum).write(folder)
+        else:
+            keep_companions(state.run.model, settings.checkpoint.load, settings.data.tokenizer_name_or_path, folder,
+                            DTYPES[settings.train.precision])
         write_tracker(folder, state.progress.step)
     dist.barrier()
 
@@ -153,7 +161,7 @@ def _rank_state(state: TrainState) -> dict[str, Any]:
         "progress": asdict(progress),
     }
     for key, chunk in zip(_model_keys(state.chunks), state.chunks):
-        values[key] = _model_state(chunk)
+        values[key] = _model_state(run, chunk)
     if settings.checkpoint.save_optim:
         values["optimizer"] = state.optimizer.state_dict()
         values["opt_param_scheduler"] = state.schedule.state_dict()
@@ -174,21 +182,33 @@ def load(state: TrainState, folder: Path) -> str:
         load_weights(state, source)
         return (f"loaded weights of {folder} (step {source.iteration}, {source.layout}) into "
                 f"{state.layout}: starting at step 0 without optimizer state")
+    resume_from(state, folder, "--load", with_rng=settings.checkpoint.load_rng)
+    return f"resumed {folder} at step {state.progress.step} with optimizer state"
+
+
+def resume_from(state: TrainState, folder: Path, flag: str, *, with_rng: bool) -> None:
+    """Continue a checkpoint of this layout: everything it holds, which of an adapter run is what it trains.
+
+    Args:
+        state: filled in place.
+        folder: the checkpoint folder.
+        flag: the flag that named it, for messages.
+        with_rng: also take up the random states.
+    """
     path = find_checkpoint(folder) / state.rank_folder
     saved = load_rank_file(path / MODEL_FILE, mmap=False)
-    _check_optimizer_layout(state, saved["args"], folder)
+    _check_optimizer_layout(state, saved["args"], f"{flag} {folder}")
     with torch.no_grad():
         for key, chunk in zip(_model_keys(state.chunks), state.chunks):
-            for name, parameter in chunk.module.named_parameters():
-                parameter.copy_(saved[key][name])
+            for name, tensor in _model_state(state.run, chunk).items():
+                tensor.copy_(saved[key][name])
         state.optimizer.load_state_dict(saved["optimizer"])
-        if settings.parallel.use_distributed_optimizer:
+        if state.run.settings.parallel.use_distributed_optimizer:
             state.optimizer.load_parameter_state(str(path / OPTIMIZER_FILE))
     state.schedule.load_state_dict(saved["opt_param_scheduler"])
     state.progress = Progress(**saved["progress"])
-    if settings.checkpoint.load_rng and "rng_state" in saved:
+    if with_rng and "rng_state" in saved:
         _set_rng_state(state.device, saved["rng_state"][0])
-    return f"resumed {folder} at step {state.progress.step} with optimizer state"
 
 
 def load_weights(state: TrainState, source: Any) -> None:
@@ -199,13 +219,13 @@ def load_weights(state: TrainState, source: Any) -> None:
     state.optimizer.reload_model_params()
 
 
-def _check_optimizer_layout(state: TrainState, args: Any, folder: Path) -> None:
+def _check_optimizer_layout(state: TrainState, args: Any, place: str) -> None:
     sharded = state.run.settings.parallel.use_distributed_optimizer
     if bool(getattr(args, "use_distributed_optimizer", False)) != sharded:
-        raise ConfigError(f"--load {folder}: its optimizer state was saved {'without' if sharded else 'with'} "
+        raise ConfigError(f"{place}: its optimizer state was saved {'without' if sharded else 'with'} "
                           f"--use-distributed-optimizer and this run is {'with' if sharded else 'without'} it; "
                           "use the same, or start anew from the weights with --finetune.")
     if sharded and args.data_parallel_size != state.run.dims.data:
-        raise ConfigError(f"--load {folder}: its optimizer state is split over {args.data_parallel_size} data parallel "
+        raise ConfigError(f"{place}: its optimizer state is split over {args.data_parallel_size} data parallel "
                           f"ranks, but this run has {state.run.dims.data}; start as many, or start anew from the "
                           "weights with --finetune.")
