@@ -32,17 +32,18 @@ def check_data(settings: Settings, problems: ProblemList) -> None:
         return
     for flag, words in (("--data-path", data.data_path), *split_paths):
         if words is not None:
-            _check_prefixes(words, flag, settings.train.is_instruction_dataset, problems)
+            _check_prefixes(words, flag, settings.data_kind, problems)
     if data.split is not None:
         _check_split(data.split, problems)
 
 
-def _check_prefixes(words: list[str], flag: str, instruction: bool, problems: ProblemList) -> None:
+def _check_prefixes(words: list[str], flag: str, data_kind: str, problems: ProblemList) -> None:
     from modellink.data.blend import parse_blend  # imports torch: only for real data
     from modellink.data.indexed import IndexedDataset
     from modellink.data.instruction_dataset import InstructionStreams
+    from modellink.data.pair_dataset import PairStreams
 
-    kind = InstructionStreams if instruction else IndexedDataset
+    kind = {"text": IndexedDataset, "instruction": InstructionStreams, "pairs": PairStreams}[data_kind]
 
     try:
         prefixes, _ = parse_blend(words, flag)

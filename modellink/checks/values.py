@@ -40,6 +40,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "data": {"num_workers": _AT_LEAST_0, "pad_to_multiple_of": _AT_LEAST_1},
     "checkpoint": {"save_interval": _AT_LEAST_1},
     "logging": {"log_interval": _AT_LEAST_1},
+    "post": {"dpo_beta": _ABOVE_0, "dpo_label_smoothing": (lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")},
     "lora": {"lora_r": _AT_LEAST_1, "lora_alpha": _ABOVE_0, "lora_dropout": _SHARE},
     "generation": {"max_new_tokens": _AT_LEAST_1, "max_length": _AT_LEAST_1, "temperature": _ABOVE_0,
                    "top_k": _AT_LEAST_0, "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1")},
@@ -60,26 +61,41 @@ def check_values(settings: Settings, program: Program, problems: ProblemList) ->
     _check_later(settings, program, problems)
     if program == "train":
         _check_needed(settings, problems)
-        _check_instruction(settings, problems)
+        _check_data_kind(settings, problems)
         _check_recompute(settings, problems)
         _check_schedule(settings, problems)
         _check_overlap(settings, problems)
 
 
-def _check_instruction(settings: Settings, problems: ProblemList) -> None:
-    data = settings.data
-    if not settings.train.is_instruction_dataset:
+def _check_data_kind(settings: Settings, problems: ProblemList) -> None:
+    data, kind = settings.data, settings.data_kind
+    asked = f"--stage {settings.post.stage}" if settings.post.stage else "--is-instruction-dataset"
+    if kind != "instruction":
         for flag, given in (("--pack", data.pack), ("--variable-seq-lengths", data.variable_seq_lengths)):
             if given:
-                problems.add(f"{flag}: is for instruction data, text already fills every sample; add "
-                             f"--is-instruction-dataset or leave {flag} out.")
-        return
-    if data.mock_data:
-        problems.add("--mock-data with --is-instruction-dataset: generated tokens have no labels to learn; leave one "
-                     "of them out.")
-    if data.pack and data.variable_seq_lengths:
+                problems.add(f"{flag}: is for instruction samples only; add --is-instruction-dataset or leave {flag} "
+                             "out.")
+    elif data.pack and data.variable_seq_lengths:
         problems.add("--pack with --variable-seq-lengths: packed rows all have --seq-length tokens; leave one of them "
                      "out.")
+    if kind != "text" and data.mock_data:
+        problems.add(f"--mock-data with {asked}: generated tokens have no labels to learn; leave one of them out.")
+    if kind == "pairs":
+        _check_preference(settings, problems)
+
+
+def _check_preference(settings: Settings, problems: ProblemList) -> None:
+    checkpoint, post = settings.checkpoint, settings.post
+    if settings.train.is_instruction_dataset:
+        problems.add("--stage dpo with --is-instruction-dataset: preference pairs are not instruction samples; leave "
+                     "one of them out.")
+    if post.dpo_label_smoothing and post.dpo_loss_type != "sigmoid":
+        problems.add(f"--dpo-label-smoothing {post.dpo_label_smoothing} with --dpo-loss-type {post.dpo_loss_type}: "
+                     "only the sigmoid loss has it; leave it out.")
+    if settings.lora.lora_target_modules is None and post.ref_load is None and (
+            checkpoint.load is None or (checkpoint.load == checkpoint.save)):
+        problems.add("--ref-load is missing: --stage dpo compares with a reference model, and --load names no "
+                     "checkpoint but this run's own; give the weights that tuning started from.")
 
 
 def _check_later(settings: Settings, program: Program, problems: ProblemList) -> None:

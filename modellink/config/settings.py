@@ -227,6 +227,19 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class PosttrainSettings:
+    """Post-training (posttrain_gpt.py)."""
+
+    stage: str | None = flag(None, "what to train on: instruction samples (sft) or preference pairs (dpo)",
+                             choices=["sft", "dpo"])
+    dpo_loss_type: str = flag("sigmoid", "preference loss", choices=["sigmoid", "hinge", "ipo"])
+    dpo_beta: float = flag(0.1, "how strongly the model is held to its reference")
+    dpo_label_smoothing: float = flag(0.0, "share of pairs taken to be labelled the wrong way round (sigmoid only)")
+    ref_load: str | None = flag(
+        None, "checkpoint of the reference model (default: --load; LoRA runs switch their adapters off instead)")
+
+
+@dataclass(frozen=True)
 class LaterSettings:
     """Flags of commands that this version does not run yet; they parse, and a program that would need them says so."""
 
@@ -254,13 +267,21 @@ class Settings:
     logging: LoggingSettings
     generation: GenerationSettings
     lora: LoraSettings
+    post: PosttrainSettings
     later: LaterSettings
     given: frozenset[str] = frozenset()
+
+    @property
+    def data_kind(self) -> str:
+        """What the data holds: `text`, `instruction` samples or preference `pairs`."""
+        if self.post.stage == "dpo":
+            return "pairs"
+        return "instruction" if self.train.is_instruction_dataset or self.post.stage == "sft" else "text"
 
 
 SECTIONS: tuple[type, ...] = (ModelSettings, ParallelSettings, DeviceSettings, TrainSettings, OptimizerSettings,
                               DataSettings, CheckpointSettings, LoggingSettings, GenerationSettings, LoraSettings,
-                              LaterSettings)
+                              PosttrainSettings, LaterSettings)
 
 
 def parse_settings(prog: str, description: str, argv: Sequence[str] | None = None) -> Settings:

@@ -85,11 +85,12 @@ class MicrobatchReader:
         self.dataset = dataset
         self.run = run
         self.device = device
-        self.rows = run.settings.train.micro_batch_size
-        self.instruction = run.settings.train.is_instruction_dataset
+        self.samples = run.settings.train.micro_batch_size
+        self.kind = run.settings.data_kind
+        self.rows = self.samples * (2 if self.kind == "pairs" else 1)
         self.packed = run.settings.data.pack
         self.num_workers = run.settings.data.num_workers
-        variable = self.instruction and run.settings.data.variable_seq_lengths and not self.packed
+        variable = self.kind == "instruction" and run.settings.data.variable_seq_lengths and not self.packed
         self.lengths = sample_lengths(dataset) if variable else None
 
     def step(self, consumed_samples: int, num_microbatches: int, copies: int) -> StepBatches:
@@ -99,7 +100,7 @@ class MicrobatchReader:
         if not (needs_data() or self.packed):  # packed boundaries are needed by every stage's attention
             return StepBatches([iter(()) for _ in range(copies)], *shape)
         indices = microbatch_indices(
-            consumed_samples, self.rows, parallel_state.get_data_parallel_rank(),
+            consumed_samples, self.samples, parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(), num_microbatches)
         batches = [self._place(batch) for batch in self._read(indices, length)]
         return StepBatches([iter(batches) for _ in range(copies)], *shape)
@@ -108,7 +109,7 @@ class MicrobatchReader:
         full = self.run.seq_length
         if self.lengths is None:
             return full
-        samples = num_microbatches * self.rows * self.run.dims.data
+        samples = num_microbatches * self.samples * self.run.dims.data
         longest = int(self.lengths[consumed_samples:consumed_samples + samples].max())
         unit = math.lcm(self.run.settings.data.pad_to_multiple_of,
                         self.run.dims.tensor if self.run.dims.sequence_parallel else 1)
@@ -117,7 +118,9 @@ class MicrobatchReader:
     def _collate(self, samples: list[Any], length: int) -> Batch:
         if self.packed:
             return pack(samples, length)
-        return pad(samples, length) if self.instruction else stack(samples)
+        if self.kind == "pairs":
+            return pad([side for pair in samples for side in pair], length)
+        return pad(samples, length) if self.kind == "instruction" else stack(samples)
 
     def _read(self, indices: list[list[int]], length: int) -> Iterator[Batch]:
         if self.num_workers:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from modellink.data.datasets import build_datasets
 from modellink.data.instruction_dataset import build_instruction_datasets, dataset_bins, open_streams
 from modellink.data.packing import PackedDataset
+from modellink.data.pair_dataset import build_pair_datasets
 from modellink.models.run import Run
 from modellink.parallel.groups import Rank
 from modellink.training.batches import BatchSizes
@@ -17,7 +18,7 @@ Sets = tuple[Any, Any, Any]
 
 def load_data(run: Run) -> Sets:
     """Training, validation and test sets; local rank 0 of each node builds the index cache, then the others read it."""
-    build = _instruction_sets if run.settings.train.is_instruction_dataset else _text_sets
+    build = {"text": _text_sets, "instruction": _instruction_sets, "pairs": _pair_sets}[run.settings.data_kind]
     first = Rank.from_environment().local_rank == 0
     sets = build(run, True) if first else (None, None, None)
     dist.barrier()
@@ -42,6 +43,10 @@ def _sources(run: Run) -> dict[str, Any]:
 
 def _text_sets(run: Run, build: bool) -> Sets:
     return build_datasets(**_sources(run), mock=run.settings.data.mock_data, num_samples=_wanted(run), build=build)
+
+
+def _pair_sets(run: Run, build: bool) -> Sets:
+    return build_pair_datasets(**_sources(run), num_samples=_wanted(run), build=build)
 
 
 def _instruction_sets(run: Run, build: bool) -> Sets:

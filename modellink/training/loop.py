@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from modellink.training.optimizer import (
     learning_rate,
     wrap_chunks,
 )
+from modellink.training.preference import preference_objective
 from modellink.training.state import TrainState, load, save
 from modellink.training.step import StepResult, reduce_reports, run_microbatches
 
@@ -47,6 +49,8 @@ class Trainer:
         self.state = state
         self.run = state.run
         self.sizes = BatchSizes(state.run)
+        self.preference = preference_objective(state) if state.run.settings.data_kind == "pairs" else None
+        self.means = ("reward_accuracy", "reward_margin") if self.preference else ()
 
     def reader(self, dataset: Any) -> MicrobatchReader:
         return MicrobatchReader(dataset, self.run, self.state.device.current())
@@ -68,7 +72,7 @@ class Trainer:
         state.optimizer.zero_grad()
         reports = self._microbatches(reader, progress.consumed_train_samples, batch_size, forward_only=False)
         done, norm, _ = state.optimizer.step()
-        result = reduce_reports(reports, flags, state.device.current())
+        result = reduce_reports(reports, flags, state.device.current(), self.means)
         rate = learning_rate(state.optimizer)
         if done:
             state.schedule.step(increment=batch_size)
@@ -76,7 +80,7 @@ class Trainer:
         progress.consumed_train_samples += batch_size
         return result, {"loss": result.loss, "grad_norm": grad_norm_value(norm), "lr": rate,
                         "loss_scale": float(state.optimizer.get_loss_scale()), "tokens": result.tokens,
-                        "samples": batch_size, "skipped": float(not done)}
+                        "samples": batch_size, "skipped": float(not done), **result.means}
 
     @torch.no_grad()
     def evaluate(self, reader: MicrobatchReader, consumed_samples: int, num_steps: int) -> float:
@@ -89,7 +93,7 @@ class Trainer:
             for index in range(num_steps):
                 reports = self._microbatches(reader, consumed_samples + index * batch_size, batch_size,
                                              forward_only=True)
-                result = reduce_reports(reports, [], self.state.device.current())
+                result = reduce_reports(reports, [], self.state.device.current(), self.means)
                 total += result.loss * result.tokens
                 tokens += result.tokens
         for chunk in self.state.chunks:
@@ -99,8 +103,10 @@ class Trainer:
     def _microbatches(self, reader: MicrobatchReader, consumed: int, batch_size: int,
                       forward_only: bool) -> list[dict[str, torch.Tensor]]:
         count = self.sizes.microbatches(batch_size)
-        return run_microbatches(self.state.chunks, reader.step(consumed, count, len(self.state.chunks)),
-                                num_microbatches=count, forward_only=forward_only)
+        make = partial(reader.step, consumed, count, len(self.state.chunks))
+        if self.preference is not None:
+            return self.preference.run(self.state.chunks, make, num_microbatches=count, forward_only=forward_only)
+        return run_microbatches(self.state.chunks, make(), num_microbatches=count, forward_only=forward_only)
 
 
 def train(run: Run, device: Device) -> None:

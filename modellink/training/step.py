@@ -1,6 +1,6 @@
 """Forward and backward of one global batch, and its loss over real tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,10 +49,18 @@ def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tens
 
 @dataclass
 class StepResult:
-    """Attributes: loss is the mean over the real tokens of the global batch; tokens is their number."""
+    """What a step reports.
+
+    Attributes:
+        loss: mean over what the loss counts in the global batch: real tokens, or preference pairs.
+        tokens: their number.
+        means: further means over the same, by name.
+        flags: the flags of all ranks, summed.
+    """
 
     loss: float
     tokens: int
+    means: dict[str, float]
     flags: list[int]
 
 
@@ -71,15 +79,24 @@ def run_microbatches(chunks: list[Any], batches: StepBatches, *, num_microbatche
     )
 
 
-def reduce_reports(reports: list[dict[str, Tensor]], flags: list[int], device: torch.device) -> StepResult:
-    """Mean loss over all real tokens, known to every rank; flags are summed over all ranks.
+def reduce_reports(reports: list[dict[str, Tensor]], flags: list[int], device: torch.device,
+                   names: Sequence[str] = ()) -> StepResult:
+    """Mean loss over the global batch, known to every rank; flags are summed over all ranks.
 
     One collective of the whole job a step, also so that every rank takes the same decision about stopping.
+
+    Args:
+        reports: of this rank's microbatches: `loss` is [sum of losses, their number, further sums].
+        flags: numbers of this rank.
+        device: of the collective.
+        names: of the further sums.
     """
-    values = torch.zeros(2 + len(flags), dtype=torch.float32, device=device)
+    width = 2 + len(names)
+    values = torch.zeros(width + len(flags), dtype=torch.float32, device=device)
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-        values[:2] = torch.stack([report["loss"] for report in reports]).sum(0)
-    values[2:] = torch.tensor(flags, dtype=torch.float32)
+        values[:width] = torch.stack([report["loss"] for report in reports]).sum(0)
+    values[width:] = torch.tensor(flags, dtype=torch.float32)
     dist.all_reduce(values)
-    total, count, *summed = values.tolist()
-    return StepResult(total / count if count else 0.0, int(count), [int(flag) for flag in summed])
+    total, count, *rest = values.tolist()
+    means = {name: value / count if count else 0.0 for name, value in zip(names, rest)}
+    return StepResult(total / count if count else 0.0, int(count), means, [int(flag) for flag in rest[len(names):]])
