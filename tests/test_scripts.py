@@ -51,6 +51,8 @@ def test_every_script_is_valid_bash(path: Path) -> None:
 
 def test_there_is_a_script_of_each_kind_for_each_size() -> None:
     names = {f"{kind}_qwen15_{name}_ptd.sh" for kind in ("pretrain", "generate") for name in FILES.values()}
+    names |= {f"tune_qwen15_{name}_{kind}_ptd.sh" for kind in ("full", "lora") for name in FILES.values()}
+    names |= {"tune_qwen15_32b_ptd.sh", "tune_qwen15_72b_ptd.sh"}  # the original's names
     assert {path.name for path in FOLDER.glob("*.sh")} == names | {"common.sh"}
     assert {f"qwen15-{size}" for size in FILES} == set(PRESETS)
 
@@ -85,6 +87,47 @@ def test_generate_scripts_start_what_the_originals_started(size: str, tmp_path: 
     assert job.options.nproc_per_node == tensor * pipeline and job.script == str(REPO / "inference.py")
     assert ours.checkpoint.load == "/c" and ours.data.tokenizer_name_or_path == "/t"
     assert ours.generation.max_new_tokens == 256 and ours.train.seed == 42 and ours.train.precision == "bf16"
+
+
+@pytest.mark.parametrize("size", original.TUNE)
+@pytest.mark.parametrize("middle", ["", "_lora"])
+def test_lora_scripts_start_what_the_originals_started(size: str, middle: str, tmp_path: Path) -> None:
+    job, ours = started(f"tune_qwen15_{size}{middle}_ptd.sh", tmp_path, {**PATHS, **NODE})
+    theirs = parse_settings("t", "t", original.tune_flags(size))
+    assert job.options.nproc_per_node * job.options.nnodes == original.TUNE[size][0]
+    assert ours.train.eval_interval == ours.checkpoint.save_interval == 5000  # not in the list kept here
+    for section in ("parallel", "train", "optimizer", "lora"):
+        for field, value in vars(getattr(theirs, section)).items():
+            if field not in ("distributed_backend", "finetune", "eval_interval"):
+                assert getattr(getattr(ours, section), field) == value, field
+
+
+@pytest.mark.parametrize("size", FILES)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_tune_scripts(size: str, kind: str, tmp_path: Path) -> None:
+    variables = {name: value for name, value in PATHS.items() if name != "CKPT_LOAD_DIR"} | {"CKPT_PATH": "/base"}
+    job, ours = started(f"tune_qwen15_{FILES[size]}_{kind}_ptd.sh", tmp_path, {**variables, **NODE})
+    assert job.script == str(REPO / "pretrain_gpt.py") and ours.model.model == f"qwen15-{size}"
+    assert ours.data_kind == "instruction" and ours.checkpoint.load == "/base" and ours.checkpoint.save == "/s"
+    assert (ours.lora.lora_target_modules is not None) == (kind == "lora")
+    parallel = ours.parallel
+    ranks = job.options.nproc_per_node * job.options.nnodes
+    assert ranks % (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size) == 0
+    if kind == "full":
+        _, pretrain = started(f"pretrain_qwen15_{FILES[size]}_ptd.sh", tmp_path, {**PATHS, **NODE})
+        assert (ours.parallel, ours.optimizer) == (pretrain.parallel, pretrain.optimizer)
+
+
+def test_adapters_in_the_save_folder_do_not_replace_the_weights(tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("7")
+    _, ours = started("tune_qwen15_7b_lora_ptd.sh", tmp_path, {**PATHS, "CKPT_SAVE_DIR": str(save)})
+    assert ours.checkpoint.load == "/l" and ours.checkpoint.save == str(save)
+    assert not ours.train.finetune and ours.checkpoint.load_optim
+    variables = {name: value for name, value in PATHS.items() if name != "CKPT_LOAD_DIR"}
+    asked = run("tune_qwen15_7b_lora_ptd.sh", tmp_path, {**variables, "CKPT_SAVE_DIR": str(save)})
+    assert asked.returncode == 2 and "export CKPT_LOAD_DIR=" in asked.stderr
 
 
 def test_variables_and_arguments_win(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; each sources it, sets the defaults of its model and calls `pretrain` or `generate`.
+# What the scripts of this folder share; each sources it, sets the defaults of its model and calls `pretrain`,
+# `tune` or `generate`.
 set -euo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -82,7 +83,8 @@ pretrain() {
         CKPT_LOAD_DIR=${CKPT_LOAD_DIR-}
     else
         has_flag --save "$@" || need CKPT_SAVE_DIR /path/to/save "checkpoints are written here; empty = none"
-        has_flag --load "$@" || [[ -f ${CKPT_SAVE_DIR:-}/latest_checkpointed_iteration.txt ]] ||
+        has_flag --load "$@" || { ! has_flag --lora-target-modules "${EXTRA[@]}" "$@" &&
+            [[ -f ${CKPT_SAVE_DIR:-}/latest_checkpointed_iteration.txt ]]; } ||
             need CKPT_LOAD_DIR /path/to/megatron/weights "weights to start from; empty = random weights"
         if ((NNODES > 1)); then
             need NODE_RANK 0 "number of this node, 0 to $((NNODES - 1))"
@@ -101,6 +103,11 @@ pretrain() {
     elif [[ -n ${CKPT_LOAD_DIR:-} ]]; then
         start+=(--load "$CKPT_LOAD_DIR" --finetune --no-load-optim --no-load-rng)
     fi
+    # adapters lie in the save folder and never replace the weights they belong to
+    if has_flag --lora-target-modules "${EXTRA[@]}" "$@" && [[ -n ${CKPT_LOAD_DIR:-} ]]; then
+        start=(--load "$CKPT_LOAD_DIR")
+        [[ -n ${CKPT_SAVE_DIR:-} ]] && start+=(--save "$CKPT_SAVE_DIR")
+    fi
     # a save folder is needed for regular saves only
     [[ -n ${CKPT_SAVE_DIR:-} ]] && start+=(--save-interval "$SAVE_INTERVAL")
     if ! has_flag --mock-data "$@"; then
@@ -109,7 +116,7 @@ pretrain() {
         if [[ -n ${DATA_PATH:-} ]] && ! has_flag --train-data-path "$@"; then
             local prefixes=("$DATA_PATH")
             # a blend: WEIGHT PREFIX WEIGHT PREFIX ...
-            [[ -f $DATA_PATH.idx ]] || read -r -a prefixes <<<"$DATA_PATH"
+            [[ -f $DATA_PATH.idx || -f ${DATA_PATH}_packed_input_ids_document.idx ]] || read -r -a prefixes <<<"$DATA_PATH"
             data+=(--data-path "${prefixes[@]}" --split "100,0,0")
         fi
     fi
@@ -125,6 +132,21 @@ pretrain() {
         --use-flash-attn --use-fused-rmsnorm --use-fused-rotary-pos-emb --use-fused-swiglu \
         --log-interval 1 --eval-iters 0 --eval-interval "$SAVE_INTERVAL" \
         "${EXTRA[@]}" "${start[@]}" "${data[@]}" "$@"
+}
+
+# tune MODEL KIND ARGUMENTS...: as pretrain, on instruction data; KIND is full or lora
+tune() {
+    local model=$1 kind=$2
+    shift 2
+    if [[ -n ${CKPT_PATH+set} ]]; then # another name of CKPT_LOAD_DIR
+        CKPT_LOAD_DIR=${CKPT_LOAD_DIR-$CKPT_PATH}
+    fi
+    EXTRA+=(--is-instruction-dataset --tokenizer-not-use-fast)
+    if [[ $kind == lora ]]; then
+        EXTRA+=(--lora-r "${LORA_R:-16}" --lora-alpha "${LORA_ALPHA:-32}"
+            --lora-target-modules query_key_value dense dense_h_to_4h dense_4h_to_h)
+    fi
+    pretrain "$model" "$@"
 }
 
 # generate ARGUMENTS...: TP and PP are set by the script

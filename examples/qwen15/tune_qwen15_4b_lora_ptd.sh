@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Tune Qwen1.5 4B with LoRA on 1 node of 8 devices: TP1 PP2 DP4.
+# Every value below can be set from outside; extra arguments go to pretrain_gpt.py and win.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+NPUS_PER_NODE=${NPUS_PER_NODE:-8}
+NNODES=${NNODES:-1}
+TP=${TP:-1}
+PP=${PP:-2}
+VPP=${VPP-} # layers in a model chunk; empty = not interleaved
+MBS=${MBS:-1}
+GBS=${GBS:-64}
+SEQ_LEN=${SEQ_LEN:-8192}
+TRAIN_ITERS=${TRAIN_ITERS:-2000}
+SAVE_INTERVAL=${SAVE_INTERVAL:-2000}
+LR=${LR:-1.25e-6}
+EXTRA=(--use-distributed-optimizer --jit-compile)
+
+tune qwen15-4b lora "$@"

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Tune Qwen1.5 7B with LoRA on 1 node of 8 devices: TP2 PP1 DP4 (MindFormers' LoRA layout and rate).
+# Every value below can be set from outside; extra arguments go to pretrain_gpt.py and win.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+NPUS_PER_NODE=${NPUS_PER_NODE:-8}
+NNODES=${NNODES:-1}
+TP=${TP:-2}
+PP=${PP:-1}
+VPP=${VPP-} # layers in a model chunk; empty = not interleaved
+MBS=${MBS:-1}
+GBS=${GBS:-64}
+SEQ_LEN=${SEQ_LEN:-2048}
+TRAIN_ITERS=${TRAIN_ITERS:-5000}
+SAVE_INTERVAL=${SAVE_INTERVAL:-10000}
+LR=${LR:-8e-4}
+EXTRA=(--use-mc2 --jit-compile --seed 42)
+
+tune qwen15-7b lora "$@"
