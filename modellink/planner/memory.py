@@ -2,8 +2,12 @@
 backward pass (attention scores are never held, so recompute of attention alone changes little).
 """
 
+import math
 from dataclasses import dataclass
 
+from modellink.checkpoint.adapter_rules import adapter_chunk_rules
+from modellink.checkpoint.layout import Layout
+from modellink.lora.plan import is_adapter_name
 from modellink.models.run import Run
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -17,13 +21,15 @@ class ChunkPlan:
     Attributes:
         layers: global numbers of its layers.
         has_embedding, has_head: whether the embedding, and the final norm with the output layer, are in it.
-        parameters: of one tensor parallel rank.
+        parameters: of one tensor parallel rank, adapters included.
+        trained: those of them that are not frozen.
     """
 
     layers: range
     has_embedding: bool
     has_head: bool
     parameters: int
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class StagePlan:
     def parameters(self) -> int:
         """Parameters of one rank."""
         return sum(chunk.parameters for chunk in self.chunks)
+
+    @property
+    def trained(self) -> int:
+        """Those of them that are not frozen."""
+        return sum(chunk.trained for chunk in self.chunks)
 
     @property
     def num_layers(self) -> int:
@@ -84,8 +95,18 @@ def chunk_plans(run: Run, stage: int) -> tuple[ChunkPlan, ...]:
             # a tied head is the embedding itself on one stage, and a second copy on a stage of its own
             if not (model.tie_word_embeddings and first):
                 parameters += table
-        plans.append(ChunkPlan(range(start, start + size), first, last, parameters))
+        adapters, trained = trained_parameters(run, stage, chunk) if run.lora is not None else (0, parameters)
+        plans.append(ChunkPlan(range(start, start + size), first, last, parameters + adapters, trained))
     return tuple(plans)
+
+
+def trained_parameters(run: Run, stage: int, chunk: int) -> tuple[int, int]:
+    """(adapters, adapters and tables trained whole) of one model chunk of a LoRA run on one tensor parallel rank."""
+    assert run.lora is not None
+    layout = Layout(run.dims.tensor, run.dims.pipeline, run.dims.chunks)
+    sizes = {name: math.prod(rule.local_shape(layout.tensor, run.padded_vocab_size))
+             for name, rule in adapter_chunk_rules(run.lora, run.model, layout, stage, chunk)}
+    return sum(size for name, size in sizes.items() if is_adapter_name(name)), sum(sizes.values())
 
 
 def activation_bytes_per_layer(run: Run) -> int:
@@ -144,10 +165,10 @@ def activation_bytes(run: Run, stage: int) -> int:
 def stage_plan(run: Run, stage: int) -> StagePlan:
     """Layers, parameters and bytes of one rank of a pipeline stage."""
     chunks = chunk_plans(run, stage)
-    parameters = sum(chunk.parameters for chunk in chunks)
+    parameters, trained = sum(chunk.parameters for chunk in chunks), sum(chunk.trained for chunk in chunks)
     precision = run.settings.train.precision
     # Adam's two moments, and fp32 main weights where training itself is narrower
     state = 2 * FP32 + (FP32 if precision != "fp32" else 0)
     shards = run.dims.data if run.settings.parallel.use_distributed_optimizer else 1
-    return StagePlan(stage, chunks, weights=parameters * ELEMENT_BYTES[precision], gradients=parameters * FP32,
-                     optimizer=-(-parameters * state // shards), activations=activation_bytes(run, stage))
+    return StagePlan(stage, chunks, weights=parameters * ELEMENT_BYTES[precision], gradients=trained * FP32,
+                     optimizer=-(-trained * state // shards), activations=activation_bytes(run, stage))

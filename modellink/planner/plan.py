@@ -56,7 +56,8 @@ class Plan:
             stage = self.stage_of_rank(rank)
             first_replica = (rank // dims.tensor) % dims.data == 0
             if first_replica:
-                total += stage.weights
+                # a LoRA run saves what it trains
+                total += stage.weights * stage.trained // stage.parameters
             if settings.checkpoint.save_optim and (sharded or first_replica):
                 total += stage.optimizer
         return total
@@ -70,6 +71,7 @@ class Plan:
             f"model       {run.model.num_parameters:,} parameters, {run.model.num_layers} layers x "
             f"{run.model.hidden_size}, vocabulary {run.model.vocab_size} rows padded to {run.padded_vocab_size} "
             f"({run.origins['num_layers']})",
+            *self._lora_lines(),
             f"ranks       {dims.world_size} = tensor {dims.tensor}"
             f"{' with sequence parallel' * dims.sequence_parallel} x pipeline {dims.pipeline}{chunk_text} "
             f"x data {dims.data}",
@@ -95,6 +97,16 @@ class Plan:
         if run.settings.checkpoint.save is not None:
             lines.append(f"checkpoint  {self.checkpoint_bytes(range(dims.world_size)):,} bytes over all ranks")
         return lines
+
+    def _lora_lines(self) -> list[str]:
+        lora = self.run.lora
+        if lora is None:
+            return []
+        trained = sum(stage.trained for stage in self.stages)
+        more = "".join(f", {word}" for word, on in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if on)
+        whole = f", {' and '.join(lora.modules_to_save)} whole" if lora.modules_to_save else ""
+        return [f"LoRA        {' '.join(lora.targets)}: rank {lora.rank}, alpha {lora.alpha:g}{more}{whole}; "
+                f"{trained:,} parameters trained on one tensor parallel rank of each stage, the rest frozen"]
 
     def check_memory(self, place: Place, node_ranks: range, problems: ProblemList) -> None:
         """The ranks of this node must fit its memory."""

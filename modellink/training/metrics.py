@@ -13,8 +13,10 @@ from modellink.device.specs import find_spec
 from modellink.models.run import Run
 
 
-def flops_per_token(model: ModelConfig, seq_length: int) -> float:
+def flops_per_token(model: ModelConfig, seq_length: int, *, frozen: bool = False) -> float:
     """FLOPs of forward and backward for one token: 6 a weight of a matrix product, attention counted causally.
+
+    A frozen weight has no gradient of its own: 4 instead of 6. Adapters themselves are not counted (below 1 %).
 
     A token attends to half of the sequence on average: 2 products x 2 FLOPs x s/2 positions x hidden size a layer,
     three times (forward once, backward twice). The embedding look-up multiplies nothing; the head does.
@@ -22,7 +24,7 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     kv_size = model.num_query_groups * model.head_dim
     layer = 2 * model.hidden_size**2 + 2 * model.hidden_size * kv_size + 3 * model.hidden_size * model.ffn_hidden_size
     matrices = model.num_layers * layer + model.vocab_size * model.hidden_size
-    return 6.0 * matrices + 6.0 * model.num_layers * seq_length * model.hidden_size
+    return (4.0 if frozen else 6.0) * matrices + 6.0 * model.num_layers * seq_length * model.hidden_size
 
 
 def human_time(seconds: float) -> str:
@@ -38,7 +40,7 @@ class Metrics:
         settings = run.settings
         self.run = run
         self.device = device
-        self.flops_per_token = flops_per_token(run.model, run.seq_length)
+        self.flops_per_token = flops_per_token(run.model, run.seq_length, frozen=run.lora is not None)
         spec = find_spec(device.product_name())
         self.peak_flops = spec.bf16_flops if spec and settings.train.precision != "fp32" else None
         save = Path(settings.checkpoint.save) if settings.checkpoint.save else None
