@@ -134,8 +134,8 @@ def show(prefix: str, options: ShowOptions, color: bool) -> str:
                           marked_text(tokenizer, ids, learnt, color)]
     if record:
         lines.append(f"made by {record['handler']} with the template {record['template']['name']}, label policy "
-                     f"{record['label_policy']} ({record['label_turns']} reply), "
-                     f"tokenizer {record['tokenizer']['path']}")
+                     f"{record['label_policy']} ({record['label_turns']} reply), tokenizer "
+                     f"{record['tokenizer']['path']}")
     for name, tokens, labels in streams:
         lines += statistics(name, tokens, labels, options.bins)
     return "\n".join(lines)

@@ -74,6 +74,7 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
     """instruction, input, output, and where they are there system and history (pairs of question and answer)."""
 
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
+        self.key_map.need(place, record, "instruction")  # the first column is the first one missed
         reply = _reply(place, self.key_map.column("output"), self.key_map.need(place, record, "output"))
         return self.with_replies(place, record, (reply,))[0]
 

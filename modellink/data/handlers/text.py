@@ -1,7 +1,7 @@
 """Handlers of pretraining text: a record becomes one text for each output."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from modellink.data.batches import Batch, missing_column
 from modellink.data.handlers.records import KeyMap, parse_row, text_of
@@ -18,8 +18,8 @@ class GeneralPretrainHandler:
 
     keys: tuple[str, ...]
 
-    ends_documents = False
-    text_format: str | None = None
+    ends_documents: ClassVar[bool] = False
+    text_format: ClassVar[str | None] = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -57,8 +57,8 @@ class GeneralPretrainHandler:
 class WikiTextPretrainHandler(GeneralPretrainHandler):
     """WikiText: documents begin at ` = Title = ` lines, and each is ended with the end-of-document token."""
 
-    ends_documents = True
-    text_format = ARTICLES
+    ends_documents: ClassVar[bool] = True
+    text_format: ClassVar[str | None] = ARTICLES
 
 
 @dataclasses.dataclass(frozen=True)
