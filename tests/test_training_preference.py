@@ -18,6 +18,7 @@ STEPS, SEQ, GBS, LR, BETA = 5, 32, 4, 1e-3, 0.3
 VOCAB = TINY["vocab_size"]
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 LORA = ["--lora-target-modules", "all-linear", "--lora-r", "4", "--lora-alpha", "8"]
+KINDS = ("sigmoid", "hinge", "ipo")
 CASES = {
     "sigmoid": (1, []),
     "smooth": (1, ["--dpo-label-smoothing", "0.2"]),
@@ -28,6 +29,8 @@ CASES = {
     "pp2-vpp2": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "dp2-zero": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
     "lora-pp2": (2, [*PP2, *LORA]),
+    # the reference is another model than the one that tuning starts from
+    **{f"other-{kind}": (1, ["--ref-load", "@/other-mg", "--dpo-loss-type", kind]) for kind in KINDS},
 }
 
 
@@ -58,14 +61,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from modellink.checkpoint.convert import main as convert
 
     base = tmp_path_factory.mktemp("preference")
-    save_tiny(base / "hf", num_key_value_heads=2)
-    assert convert(["--from", "hf", "--to", "megatron", "--load-dir", str(base / "hf"), "--save-dir",
-                    str(base / "mg")]) == 0
+    for seed, source, target in ((1, "hf", "mg"), (2, "other", "other-mg")):
+        save_tiny(base / source, seed=seed, num_key_value_heads=2)
+        assert convert(["--from", "hf", "--to", "megatron", "--load-dir", str(base / source), "--save-dir",
+                        str(base / target)]) == 0
     write_pairs(base / "pairs")
     for world in (1, 2):
         run_cases([[*base_arguments(base), "--finetune", "--micro-batch-size", "1", "--global-batch-size", str(GBS),
                     "--lr-decay-style", "constant", "--weight-decay", "0", "--dpo-beta", str(BETA), "--eval-iters", "0",
-                    "--metrics-file", str(base / f"{name}.jsonl"), *flags]
+                    "--metrics-file", str(base / f"{name}.jsonl"), *(flag.replace("@", str(base)) for flag in flags)]
                    for name, (size, flags) in CASES.items() if size == world], world, base)
     return base
 
@@ -117,6 +121,41 @@ def test_losses_equal_a_plain_loop(name: str, kind: str, smoothing: float, folde
     assert [record["grad_norm"] for record in records] == pytest.approx([norm for _, norm, _ in plain], rel=1e-4)
     assert [record["reward_accuracy"] for record in records[1:]] == [right for _, _, right in plain[1:]]
     assert {record["tokens"] for record in records} == {GBS}  # the loss counts pairs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_equal_trl(kind: str, folder: Path) -> None:
+    """The first step against TRL's own trainer on the same pairs, with a reference that is another model."""
+    trl = pytest.importorskip("trl", reason="TRL is a development extra and is not installed")
+    from data_helpers import make_tokenizer
+    from datasets import Dataset
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    make_tokenizer(folder / "tokenizer", 300)
+    model, reference = (Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+                        for name in ("hf", "other"))
+    trainer = trl.DPOTrainer(
+        model=model, ref_model=reference, processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        args=trl.DPOConfig(output_dir=str(folder / "trl"), loss_type=[kind], beta=BETA, use_cpu=True, bf16=False,
+                           report_to=[], gradient_checkpointing=False))
+    streams = PairStreams(folder / "pairs").streams
+    order = PairDataset(PairStreams(folder / "pairs"), (0, 16), GBS, 1234, VOCAB, SEQ).order[:GBS]
+    rows = [(streams[side, "input_ids"].get(int(i)), streams[side, "labels"].get(int(i)))
+            for side in ("chosen", "rejected") for i in order]
+    inputs = {name: torch.zeros(len(rows), SEQ, dtype=torch.long)
+              for name in ("input_ids", "attention_mask", "completion_mask")}
+    for row, (tokens, labels) in enumerate(rows):
+        inputs["input_ids"][row, :len(tokens)] = torch.from_numpy(tokens)
+        inputs["attention_mask"][row, :len(tokens)] = 1
+        inputs["completion_mask"][row, :len(tokens)] = torch.from_numpy(labels != -100).long()
+    loss = trainer._compute_loss(model, inputs, False)
+    model.zero_grad()
+    loss.backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    record = read_metrics(folder / f"other-{kind}.jsonl")[0]
+    assert record["loss"] == pytest.approx(loss.item(), abs=1e-5, rel=1e-6)
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_first_losses_are_what_no_preference_gives(folder: Path) -> None:
