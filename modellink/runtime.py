@@ -1,7 +1,7 @@
 """Merges settings, `--model` and loaded weights into one checked run, before any device or process group starts."""
 
 from modellink.checks.adapters import check_lora, refuse_adapters_as_base
-from modellink.checks.inputs import check_data, check_tokenizer
+from modellink.checks.inputs import check_data, check_tokenizer, data_notices, grown_rows_notice
 from modellink.checks.layout import (
     check_batches,
     check_recompute_layers,
@@ -42,12 +42,13 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     weights, model, origins = _find_model(settings, program, problems)
     if program == "train":
         check_data(settings, problems)
-    check_tokenizer(settings, model, program, problems)
-    if model is None:
+    stored = model
+    model = check_tokenizer(settings, model, program, problems)
+    if model is None or stored is None:
         problems.raise_if_any()
         raise AssertionError("a run without an architecture always has a problem")
     dims = _layout(settings, model, world_size, program, problems)
-    plan = check_lora(settings, weights, model, dims, problems) if program == "train" else None
+    plan = check_lora(settings, weights, stored, dims, problems) if program == "train" else None
     rows = 0
     if settings.parallel.tensor_model_parallel_size >= 1:
         check_tensor_parallel(model, settings.parallel.tensor_model_parallel_size, problems)
@@ -65,7 +66,8 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     assert dims is not None and isinstance(device, tuple)
     return Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
                seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
-               notices=tuple(_notices(settings, dims, program, *device)), lora=plan)
+               notices=(*_notices(settings, dims, program, *device), *grown_rows_notice(stored, model, settings),
+                        *data_notices(settings)), lora=plan)
 
 
 def _find_model(settings: Settings, program: Program,

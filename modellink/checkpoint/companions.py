@@ -7,7 +7,7 @@ import torch
 
 from modellink.checkpoint.convert import copy_companions
 from modellink.checkpoint.saved_args import dtype_name
-from modellink.config.files import write_beside
+from modellink.config.files import read_json, write_beside
 from modellink.config.model import ModelConfig
 
 
@@ -31,6 +31,8 @@ def keep_companions(model: ModelConfig, load: str | None, tokenizer: str | None,
         source = kept if kept is not None and kept.is_dir() else Path(tokenizer) if tokenizer else None
         if source is not None:
             copy_companions(source, beside, None)
-        if source is not kept or not (beside / "config.json").is_file():
-            config = model.to_hf() | {"torch_dtype": dtype_name(dtype), "dtype": dtype_name(dtype)}
+        copied = read_json(beside / "config.json") if (beside / "config.json").is_file() else {}
+        if source is not kept or copied.get("vocab_size") != model.vocab_size:
+            base = copied if source is kept else {}
+            config = base | model.to_hf() | {"torch_dtype": dtype_name(dtype), "dtype": dtype_name(dtype)}
             (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,7 @@
 """Files a run reads: data sets and the tokenizer."""
 
+import dataclasses
+
 from modellink.checks.values import Program
 from modellink.config.errors import ConfigError, ProblemList
 from modellink.config.files import read_json
@@ -68,17 +70,30 @@ def _check_split(split: str, problems: ProblemList) -> None:
         problems.add(f"--split {split}: the share of training data is 0; raise it.")
 
 
-def check_tokenizer(settings: Settings, model: ModelConfig | None, program: Program, problems: ProblemList) -> None:
-    """The tokenizer folder must be whole and its words must fit the model's rows; training can do without one."""
+def check_tokenizer(settings: Settings, model: ModelConfig | None, program: Program,
+                    problems: ProblemList) -> ModelConfig | None:
+    """The tokenizer folder must be whole and its words must fit the model's rows; training can do without one.
+
+    Returns:
+        The model, with as many rows as the tokenizer has words when `--grow-vocab` asks for it.
+    """
     path = settings.data.tokenizer_name_or_path
     if path is None:
         if program == "generate":
             problems.add("--tokenizer-name-or-path is missing: give the folder of the model's tokenizer.")
-        return
+        if settings.model.grow_vocab:
+            problems.add("--grow-vocab without --tokenizer-name-or-path: rows are added for the words of a tokenizer; "
+                         "name its folder.")
+        return model
     words = problems.catch(lambda: count_words(path))
-    if model is not None and isinstance(words, int) and words > model.vocab_size:
-        problems.add(f"--tokenizer-name-or-path {path}: the tokenizer has {words} words, but the model has only "
-                     f"{model.vocab_size} vocabulary rows; use the model's own tokenizer.")
+    if model is None or not isinstance(words, int) or words <= model.vocab_size:
+        return model
+    if settings.model.grow_vocab and program == "train":
+        return dataclasses.replace(model, vocab_size=words)
+    problems.add(f"--tokenizer-name-or-path {path}: the tokenizer has {words} words, but the model has only "
+                 f"{model.vocab_size} vocabulary rows; use the model's own tokenizer, or train the missing rows with "
+                 "--grow-vocab.")
+    return model
 
 
 def count_words(path: str) -> int:
@@ -100,3 +115,37 @@ def count_words(path: str) -> int:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / 'tokenizer.json'}: not a tokenizer file (no model.vocab); "
                           "fetch the tokenizer files of the model again.") from error
+
+
+def grown_rows_notice(stored: ModelConfig, model: ModelConfig, settings: Settings) -> list[str]:
+    """What `--grow-vocab` does, as a line for the start of the run."""
+    added = model.vocab_size - stored.vocab_size
+    if added > 0:
+        return [f"--grow-vocab: {added} rows added to the {stored.vocab_size} of the vocabulary, one for each further "
+                "word of the tokenizer; they start as the mean of the others."]
+    return ["--grow-vocab has no effect: the tokenizer has no more words than the model has rows."
+            ] if settings.model.grow_vocab else []
+
+
+def data_notices(settings: Settings) -> list[str]:
+    """Warnings when data was made with another template or tokenizer than this run names."""
+    data = settings.data
+    template, tokenizer = data.prompt_type, data.tokenizer_name_or_path
+    if settings.data_kind == "text" or tokenizer is None:
+        return []
+    from modellink.data.blend import parse_blend
+    from modellink.data.sidecar import read_sidecar, template_warning, tokenizer_warning
+    from modellink.data.templates import make_template
+    from modellink.data.tokenizer import load_tokenizer
+
+    paths = (("--data-path", data.data_path), *((flag, getattr(data, field)) for flag, field in PER_SPLIT))
+    prefixes = [prefix for flag, words in paths if words for prefix in parse_blend(words, flag)[0]]
+    described = [prefix for prefix in prefixes if read_sidecar(prefix) is not None]
+    if not described:
+        return []
+    loaded = load_tokenizer(tokenizer)
+    found = [tokenizer_warning(prefix, loaded) for prefix in described]
+    if template is not None:
+        wanted = make_template(template, loaded)
+        found += [template_warning(prefix, wanted) for prefix in described]
+    return [f"warning: {sentence}" for sentence in found if sentence is not None]

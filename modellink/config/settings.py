@@ -28,6 +28,8 @@ class ModelSettings:
     padded_vocab_size: int | None = flag(None, "rows of the embedding table after padding; checked", type=int)
     make_vocab_size_divisible_by: int = flag(
         1, "pad the vocabulary to a multiple of this times TP (Megatron-LM's own default is 128)")
+    grow_vocab: bool = flag(
+        False, "add vocabulary rows (the mean of the others) when the tokenizer has more words than the model")
     max_position_embeddings: int | None = flag(None, "longest position the run may use", type=int)
     position_embedding_type: str = flag("rope", "position embedding; Qwen1.5 has rope", choices=["rope"])
     use_rotary_position_embeddings: bool = flag(True, "rotary positions; Qwen1.5 always has them")
@@ -154,6 +156,8 @@ class DataSettings:
         False, "pad instruction samples to the longest one of the global batch instead of --seq-length")
     pad_to_multiple_of: int = flag(8, "with --variable-seq-lengths: round the padded length up to a multiple of this")
     pack: bool = flag(False, "put several instruction samples into one row of --seq-length; none sees another")
+    prompt_type: str | None = flag(
+        None, "template that instruction data should have been made with; a warning says when it was another")
     mock_data: bool = flag(False, "train on generated tokens; needs neither data nor tokenizer")
     shared_storage: bool = flag(False, "nodes share a disk; never assumed, so this has no effect")
     num_workers: int = flag(

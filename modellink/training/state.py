@@ -29,6 +29,7 @@ from modellink.models.build import DTYPES
 from modellink.models.run import Run
 from modellink.parallel.groups import Rank
 from modellink.training.optimizer import complete_parameters
+from modellink.training.vocabulary import fill_new_rows
 
 MODEL_FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 
@@ -216,6 +217,8 @@ def load_weights(state: TrainState, source: Any) -> None:
     load_model([chunk.module for chunk in state.chunks], source, state.layout,
                parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
                padded_vocab_size=state.run.padded_vocab_size)
+    if state.run.model.vocab_size > source.model.vocab_size:
+        fill_new_rows([chunk.module for chunk in state.chunks], source.model.vocab_size, state.run.model.vocab_size)
     state.optimizer.reload_model_params()
 
 
