@@ -190,8 +190,9 @@ WRONG: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
     "saved over whole weights": (f"{START} --save @/other-mg", 1, "train", ("--save", "checkpoint of whole weights")),
     "whole weights over adapters": (f"{TRAIN} --load @/mg --save @/adapters", 1, "train", (
         "--save", "holds LoRA adapters", "trains all weights")),
-    "generation with adapters": ("--load @/mg --tokenizer-name-or-path @/tokenizer --lora-load @/adapters --device cpu", 1,
-                                 "generate", ("--lora-load belongs to chat",)),
+    "generation with adapters": (
+        "--load @/mg --tokenizer-name-or-path @/tokenizer --lora-load @/adapters --device cpu", 1, "generate", (
+            "--lora-load belongs to chat",)),
 }
 
 
