@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[str, int, list[str]]] = {
     "fused-dora": ("untied", 8, ["--lora-target-modules", "linear_qkv", "linear_fc2", "--use-dora"]),
     "whole": ("untied", 8, ["--lora-target-modules", "k_proj", "o_proj", "gate_proj", "--lora-modules-to-save",
                             "word_embeddings", "output_layer"]),
+    "hf-dropout": ("tied", 8, ["--lora-target-modules", "all-linear", "--lora-dropout", "0.2"]),
     "whole-tied": ("tied", 8, ["--lora-target-modules", "linear_proj", "--lora-modules-to-save", "output_layer"]),
 }
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
@@ -54,8 +55,9 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 # the other kinds run where they could go wrong
 RUNS = {"hf": ["one", "one-full", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "dp2", "dp2-zero", "pp2-full", "tp2-pp2-sp"],
         "fused": ["one", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "dp2", "tp2-sp-full", "tp2-pp2-sp"],
-        "some": ["one"], "dora": ["one", "tp2", "tp2-pp2-vpp2-sp-full"], "fused-dora": ["one", "tp2-sp"],
-        "whole": ["one", "tp2-sp", "pp2"], "whole-tied": ["one", "pp2-vpp2", "dp2-zero"]}
+        "hf-dropout": ["one", "one-full"], "some": ["one"], "dora": ["one", "tp2", "tp2-pp2-vpp2-sp-full"],
+        "fused-dora": ["one", "tp2-sp"], "whole": ["one", "tp2-sp", "pp2"],
+        "whole-tied": ["one", "pp2-vpp2", "dp2-zero"]}
 CASES = [(world, layout, kind) for world, layouts in LAYOUTS.items() for kind, wanted in RUNS.items()
          for layout in layouts if layout in wanted]
 FRESH: dict[int, dict[str, list[str]]] = {
@@ -81,6 +83,10 @@ def arguments(folder: Path, kind: str, label: str, *more: str) -> list[str]:
             *flags, *more]
 
 
+def start_folder(folder: Path, kind: str) -> Path:
+    return folder / f"{kind.removesuffix('-dropout')}-start"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bases through the real converter, a data set, and for each kind adapters that are not zero."""
@@ -96,8 +102,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lengths = generator.integers(5, 90, 60)
         writer.append(generator.integers(0, VOCAB, lengths.sum()), lengths)
     start = ["--train-iters", "3", "--lr", "2e-2", "--adam-eps", "1e-5"]
-    run_cases([arguments(base, kind, "start", *start, "--save", str(base / f"{kind}-start")) for kind in KINDS], 1,
-              base)
+    run_cases([arguments(base, kind, "start", *start, "--save", str(start_folder(base, kind)))
+               for kind in KINDS if "dropout" not in kind], 1, base)
     return base
 
 
@@ -116,7 +122,7 @@ def resumed_arguments(folder: Path, name: str, part: str, save: str, *more: str)
 def results(folder: Path) -> dict[tuple[str, str], list[dict]]:
     """Every run of this file that needs no earlier one; metrics of every (kind, layout), from the same adapters."""
     for world, layouts in LAYOUTS.items():
-        cases = [arguments(folder, kind, layout, "--lora-load", str(folder / f"{kind}-start"), *layouts[layout])
+        cases = [arguments(folder, kind, layout, "--lora-load", str(start_folder(folder, kind)), *layouts[layout])
                  for size, layout, kind in CASES if size == world]
         cases += [fresh_arguments(folder, name, flags) for name, flags in FRESH.get(world, {}).items()]
         for name in (name for name, (size, _, _) in RESUMED.items() if size == world):
@@ -223,6 +229,11 @@ def test_layout_equals_one_process(world: int, layout: str, kind: str, results: 
     assert [record["grad_norm"] for record in records] == pytest.approx([r["grad_norm"] for r in reference], rel=2e-5)
 
 
+def test_dropout_is_drawn_in_training(results: dict) -> None:
+    plain, dropped = results["hf", "one"], results["hf-dropout", "one"]  # from the same adapters
+    assert 1e-4 < abs(plain[0]["loss"] - dropped[0]["loss"]) < 0.1
+
+
 def test_start_values_depend_on_the_seed_and_not_on_the_layout(folder: Path, results: dict) -> None:
     found = {name: dict(AdapterCheckpoint(folder / f"fresh-{name}").tensors())
              for names in FRESH.values() for name in names}
@@ -259,6 +270,17 @@ def test_two_and_two_steps_equal_four(name: str, resumed: Path) -> None:
     assert files
     for file in files:
         assert_same(load_rank_file(place / "whole" / file), load_rank_file(place / "halves" / file), str(file))
+
+
+@pytest.mark.parametrize("name", ["tp2-sp-dora-dropout", "tp2-dropout-full"])
+def test_replicas_stay_equal(name: str, resumed: Path) -> None:
+    first, second = (load_rank_file(resumed / "runs" / name / "whole" / "iter_0000004" / rank / "model_optim_rng.pt")
+                     ["model"] for rank in ("mp_rank_00", "mp_rank_01"))
+    column = ("linear_qkv.", "linear_fc1.")
+    replicas = [key for key in first if ("lora_A" in key) == any(linear in key for linear in column)]
+    assert len(replicas) >= len(first) // 2 - 8
+    for key in first:
+        assert torch.equal(first[key], second[key]) == (key in replicas), key
 
 
 def test_checkpoints_hold_adapters_and_nothing_else(resumed: Path) -> None:
