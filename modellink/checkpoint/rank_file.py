@@ -10,7 +10,7 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modellink.checkpoint import unpickle
+from modellink.checkpoint.checksums import FileSum
 from modellink.checkpoint.chunks import LazyTensor
 from modellink.checkpoint.stored_zip import StoredZip
 from modellink.config.errors import ConfigError
@@ -74,11 +75,13 @@ class _Pickler(pickle.Pickler):
         return torch._utils._rebuild_tensor_v2, (record, 0, tuple(value.shape), stride, False, OrderedDict())
 
 
-def write_rank_file(path: Path, state: dict[str, Any]) -> Generator[int, None, None]:
+def write_rank_file(path: Path, state: dict[str, Any],
+                    done: Callable[[FileSum], object] | None = None) -> Generator[int, None, None]:
     """Write `state` to `path`; yields after each tensor the bytes written, so that several files can advance in turn.
 
     Args:
         state: nested dicts and lists of tensors, LazyTensors and plain values. Tensors are stored contiguous, on CPU.
+        done: told the size and checksum of the whole file at the end.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
@@ -91,6 +94,8 @@ def write_rank_file(path: Path, state: dict[str, Any]) -> Generator[int, None, N
             size = record.numel * record.tensor.dtype.itemsize
             archive.add(f"data/{record.key}", size, record.blocks())
             yield size
+    if done:
+        done(archive.sum)
 
 
 def save_rank_file(path: Path, state: dict[str, Any]) -> None:
@@ -119,6 +124,7 @@ def load_rank_file(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ConfigError(f"{path}: not a whole torch checkpoint file (truncated, or written before torch 1.6); "
                           "copy it again or save it with a newer torch.")
+    _check_pickle(path)
     try:
         state = torch.load(str(path), map_location="cpu", mmap=mmap, weights_only=False, pickle_module=unpickle)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -133,3 +139,14 @@ def load_rank_file(path: Path, *, mmap: bool = True) -> dict[str, Any]:
         raise ConfigError(f"{path}: {found[0].strip('/')} is an object of {found[1]}, which is not plain checkpoint "
                           "data and is not loaded; save the checkpoint without it.")
     return state
+
+
+def _check_pickle(path: Path) -> None:
+    """Compare the pickle with its checksum: torch does not, and damage in it could pass for other values."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    archive.read(name)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); copy it again.") from error
