@@ -259,6 +259,8 @@ def _leave_unstated(args: argparse.Namespace, source: MegatronCheckpoint) -> Non
     for field, name in (("rope_theta", "rotary_base"), ("rms_norm_eps", "norm_epsilon")):
         if field in source.unstated:
             setattr(args, name, None)
+    if not source.vocab_size_is_known and args.vocab_size == source.padded_vocab_size:
+        args.vocab_size = None
 
 
 def _check_source_files(what: ConvertFlags, source: HFFolder | MegatronCheckpoint, shown: bool) -> None:

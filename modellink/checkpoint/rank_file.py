@@ -7,6 +7,7 @@ written and dropped.
 
 import io
 import pickle
+import struct
 import sys
 import zipfile
 from collections import OrderedDict
@@ -20,12 +21,13 @@ from torch import Tensor
 from modellink.checkpoint import unpickle
 from modellink.checkpoint.checksums import FileSum
 from modellink.checkpoint.chunks import LazyTensor
-from modellink.checkpoint.stored_zip import StoredZip
+from modellink.checkpoint.stored_zip import ALIGNMENT, StoredZip
 from modellink.config.errors import ConfigError
 from modellink.config.files import check_real, write_beside
 
 # parts of a checkpoint of Megatron-LM that hold objects of its own classes; nothing here uses those objects
 OBJECTS_EXPECTED_IN = {"args", "rerun_state_machine"}
+LOCAL_HEADER = 30  # bytes before the name of an entry of a zip file
 STORAGES = {
     torch.float32: torch.FloatStorage, torch.float64: torch.DoubleStorage, torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage, torch.uint8: torch.ByteStorage, torch.int8: torch.CharStorage,
@@ -124,10 +126,10 @@ def load_rank_file(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ConfigError(f"{path}: not a whole torch checkpoint file (truncated, or written before torch 1.6); "
                           "copy it again or save it with a newer torch.")
-    _check_pickle(path)
+    _check_container(path)
     try:
         state = torch.load(str(path), map_location="cpu", mmap=mmap, weights_only=False, pickle_module=unpickle)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path}: torch cannot read this checkpoint file ({reason}); copy it again.") from error
     if not isinstance(state, dict):
@@ -141,12 +143,24 @@ def load_rank_file(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     return state
 
 
-def _check_pickle(path: Path) -> None:
-    """Compare the pickle with its checksum: torch does not, and damage in it could pass for other values."""
+def _check_container(path: Path) -> None:
+    """Check what torch takes on trust: the checksums of all but the tensors, and where the records lie.
+
+    Damage in the pickle could pass for other values, and damage in a record's header would shift its tensor.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith("/data.pkl"):
-                    archive.read(name)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as handle:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
+            for entry, end in zip(entries, ends):
+                handle.seek(entry.header_offset)
+                header = handle.read(LOCAL_HEADER)
+                name_size, extra_size = struct.unpack("<HH", header[26:])
+                start = entry.header_offset + LOCAL_HEADER + name_size + extra_size
+                if (header[:4] != b"PK\3\4" or handle.read(name_size) != entry.orig_filename.encode()
+                        or start % ALIGNMENT or start + entry.file_size > end or entry.compress_type):
+                    raise zipfile.BadZipFile(f"the header of {entry.filename} is not as torch writes it")
+                if "/data/" not in entry.filename:
+                    archive.read(entry)
+    except (zipfile.BadZipFile, struct.error, OSError, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); copy it again.") from error
