@@ -104,7 +104,8 @@ def hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
 
 def model_states(folder: str) -> list[dict[str, Any]]:
-    return [torch.load(path, weights_only=False) for path in sorted(Path(folder).glob("*/mp_rank_*/model_optim_rng.pt"))]
+    paths = sorted(Path(folder).glob("*/mp_rank_*/model_optim_rng.pt"))
+    return [torch.load(path, weights_only=False) for path in paths]
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -272,7 +273,7 @@ def test_uneven_stages(hf: dict[str, Tensor], flags: str, stages: list[list[int]
 
 
 def test_uneven_virtual_stages_are_dealt_as_megatron_core_deals_them() -> None:
-    """Offsets of megatron-core 0.16.1 (get_transformer_layer_offset) for 10 layers, 2 in the first of 3 stages, VPP2."""
+    """Offsets of megatron-core 0.16.1 (get_transformer_layer_offset) of 10 layers, 2 in the first of 3 stages, VPP2."""
     layout = Layout.of_stages(1, (2, 4, 4), 2)
     assert [[list(layout.layer_indices(10, stage, chunk)) for chunk in range(2)] for stage in range(3)] == [
         [[0], [5]], [[1, 2], [6, 7]], [[3, 4], [8, 9]]]

@@ -81,7 +81,8 @@ def test_no_code_in_a_pickle_runs(place: str, capsys: pytest.CaptureFixture[str]
         assert not Path("out").exists()
 
 
-def check_flips(path: Path, positions: Iterable[int], read: Callable[[], object], same: Callable[[object], bool]) -> int:
+def check_flips(path: Path, positions: Iterable[int], read: Callable[[], object],
+                same: Callable[[object], bool]) -> int:
     """Flip a bit at each position in turn; each must be refused or change nothing. Returns how many were refused."""
     whole = path.read_bytes()
     refused = 0

@@ -162,5 +162,5 @@ def _check_container(path: Path) -> None:
                     raise zipfile.BadZipFile(f"the header of {entry.filename} is not as torch writes it")
                 if "/data/" not in entry.filename:
                     archive.read(entry)
-    except (zipfile.BadZipFile, struct.error, OSError, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); copy it again.") from error
