@@ -1,6 +1,7 @@
 """Reads Megatron checkpoints of any layout by memory map, in HF coordinates."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,18 +188,29 @@ class MegatronCheckpoint:
     def read(self, name: str, dim: int, start: int, stop: int) -> list[Tensor]:
         """Indices [start, stop) of a HF tensor along `dim`, as mapped views in order; opens only the ranks it needs."""
         rule, local, stage, chunk = self._homes[name]
-        if rule.dim is None:
-            return [self.chunk_state(0, stage, chunk)[local].narrow(dim, start, stop - start)]
-        views = []
-        for tensor_rank in range(self.layout.tensor):
-            offset = 0
-            for piece in rule.pieces(self.layout.tensor, tensor_rank, self.padded_vocab_size):
-                low, high = max(start, piece.start), min(stop, piece.stop)
-                if piece.name == name and low < high:
-                    whole = self.chunk_state(tensor_rank, stage, chunk)[local]
-                    views.append(whole.narrow(dim, offset + low - piece.start, high - low))
-                offset += piece.stop - piece.start
-        return views
+        return read_cut(rule, name, dim, start, stop, self.layout.tensor, self.padded_vocab_size,
+                        lambda tensor_rank: self.chunk_state(tensor_rank, stage, chunk)[local])
+
+
+def read_cut(rule: Rule, name: str, dim: int, start: int, stop: int, tensor_size: int, padded_vocab_size: int,
+             rank_tensor: Callable[[int], Tensor]) -> list[Tensor]:
+    """Indices [start, stop) of a HF tensor along `dim`, as views of the Megatron tensors that hold them, in order.
+
+    Args:
+        rule: the rule that packs the tensor.
+        rank_tensor: the Megatron tensor of a tensor rank; asked only for ranks that are needed.
+    """
+    if rule.dim is None:
+        return [rank_tensor(0).narrow(dim, start, stop - start)]
+    views = []
+    for tensor_rank in range(tensor_size):
+        offset = 0
+        for piece in rule.pieces(tensor_size, tensor_rank, padded_vocab_size):
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if piece.name == name and low < high:
+                views.append(rank_tensor(tensor_rank).narrow(dim, offset + low - piece.start, high - low))
+            offset += piece.stop - piece.start
+    return views
 
 
 def open_megatron(folder: Path, iteration: int | None = None) -> MegatronCheckpoint:

@@ -12,6 +12,11 @@ def is_hf_folder(folder: Path) -> bool:
     return not has_checkpoint(folder) and (Path(folder) / "config.json").is_file()
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether there is something to load: a finished checkpoint or a HF folder."""
+    return has_checkpoint(folder) or is_hf_folder(folder)
+
+
 def open_any(folder: Path) -> HFFolder | MegatronCheckpoint:
     """A HF folder, or the Megatron checkpoint that the folder's tracker names."""
     return open_hf(folder) if is_hf_folder(folder) else open_megatron(folder)

@@ -38,7 +38,7 @@ RULES: dict[str, dict[str, Rule]] = {
                   "weight_decay": _AT_LEAST_0, "adam_beta1": _SHARE, "adam_beta2": _SHARE, "adam_eps": _ABOVE_0,
                   "clip_grad": _AT_LEAST_0},
     "data": {"num_workers": _AT_LEAST_0},
-    "checkpoint": {"save_interval": _AT_LEAST_1},
+    "checkpoint": {"save_interval": _AT_LEAST_1, "save_hf_interval": _AT_LEAST_1},
     "logging": {"log_interval": _AT_LEAST_1},
     "generation": {"max_new_tokens": _AT_LEAST_1, "max_length": _AT_LEAST_1, "temperature": _ABOVE_0,
                    "top_k": _AT_LEAST_0, "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1")},
@@ -87,6 +87,9 @@ def _check_needed(settings: Settings, problems: ProblemList) -> None:
     checkpoint = settings.checkpoint
     if checkpoint.save_interval is not None and checkpoint.save is None:
         problems.add(f"--save-interval {checkpoint.save_interval} without --save: name the folder to save to.")
+    if checkpoint.save_hf_interval is not None and checkpoint.save_hf is None:
+        problems.add(f"--save-hf-interval {checkpoint.save_hf_interval} without --save-hf: name the folder to "
+                     "export to.")
 
 
 def _check_recompute(settings: Settings, problems: ProblemList) -> None:

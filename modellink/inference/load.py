@@ -48,7 +48,7 @@ def load_engine(run: Run, device: Device) -> Engine:
     current = device.current()
     for chunk in chunks:
         chunk.to(current)
-    load_model(chunks, source, Layout(run.dims.tensor, run.dims.pipeline),
+    load_model(chunks, source, Layout(run.dims.tensor, run.dims.pipeline, 1, run.dims.stage_layers),
                parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
                padded_vocab_size=run.padded_vocab_size)
     return Engine(chunks, run, current)
