@@ -9,6 +9,7 @@ from modellink.config.errors import ConfigError, run_command
 # verb: (module with main(argv), what it does)
 VERBS: dict[str, tuple[str, str]] = {
     "launch": ("modellink.launch.command", "check a job, start its ranks on this node, report the first failure"),
+    "checkpoint": ("modellink.checkpoint.command", "show what a folder of weights holds, or convert it"),
     "data": ("modellink.data.show", "show samples of token files in words, and their lengths"),
     "doctor": ("modellink.doctor", "show devices, libraries and which form of each operation is used"),
 }

@@ -1,5 +1,6 @@
 """Merges settings, `--model` and loaded weights into one checked run, before any device or process group starts."""
 
+from modellink.checkpoint.layout import stage_layers
 from modellink.checks.adapters import check_lora, refuse_adapters_as_base
 from modellink.checks.inputs import check_data, check_tokenizer, data_notices, grown_rows_notice
 from modellink.checks.layout import (
@@ -96,9 +97,13 @@ def _layout(settings: Settings, model: ModelConfig, world_size: int, program: Pr
     parallel = settings.parallel
     chunk = parallel.num_layers_per_virtual_pipeline_stage if program == "train" else None
     try:
+        layers = stage_layers(model.num_layers, parallel.pipeline_model_parallel_size,
+                              layer_list=parallel.num_layer_list, first=parallel.decoder_first_pipeline_num_layers,
+                              last=parallel.decoder_last_pipeline_num_layers)
         dims = ParallelDims.from_world_size(
             world_size, tensor=parallel.tensor_model_parallel_size, pipeline=parallel.pipeline_model_parallel_size,
-            num_layers=model.num_layers, layers_per_chunk=chunk, sequence_parallel=parallel.sequence_parallel)
+            num_layers=model.num_layers, layers_per_chunk=chunk, sequence_parallel=parallel.sequence_parallel,
+            stage_layers=layers)
     except ConfigError as error:
         for problem in error.problems:
             problems.add(problem)

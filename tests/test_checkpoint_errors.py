@@ -129,7 +129,7 @@ CASES: dict[str, tuple[Callable[[], object], str, list[str]]] = {
     "weights are pickled": (
         lambda: Path("hf/model.safetensors").rename("hf/pytorch_model.bin"),
         TO_MG,
-        ["pytorch_model.bin", "save the model as safetensors"],
+        ["pytorch_model.bin: not a whole torch checkpoint file"],
     ),
     "index names a missing shard": (
         lambda: shard_index("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
@@ -272,7 +272,7 @@ CASES: dict[str, tuple[Callable[[], object], str, list[str]]] = {
     "legacy checkpoint": (
         lambda: change_rank(lambda state: state.update(model={"language_model": {}})),
         TO_HF,
-        ["legacy", "--use-mcore-models"],
+        ["embedding.word_embeddings.weight is missing from the first pipeline stage"],
     ),
     "checkpoint lacks a tensor": (
         lambda: change_rank(lambda state: state["model"].pop("decoder.layers.1.mlp.linear_fc2.weight")),
@@ -300,6 +300,125 @@ CASES: dict[str, tuple[Callable[[], object], str, list[str]]] = {
         lambda: change_rank(lambda state: setattr(state["args"], "virtual_pipeline_model_parallel_size", 2)),
         TO_HF,
         ["'model0' is missing", "TP2 PP2 VPP2"],
+    ),
+    "no workers": (nothing, f"{TO_MG} --workers 0", ["--workers 0: must be 1 or more"]),
+    "dry run that verifies": (nothing, f"{TO_MG} --dry-run --verify", ["--dry-run reads no tensor data"]),
+    "list of layers for another pipeline": (
+        nothing,
+        f"{TO_MG} --num-layer-list 2,2 --target-pipeline-parallel-size 4",
+        ["--num-layer-list 2,2: 2 numbers for pipeline parallel size 4"],
+    ),
+    "list of layers that does not add up": (
+        nothing,
+        f"{TO_MG} --num-layer-list 2,3 --target-pipeline-parallel-size 2",
+        ["--num-layer-list 2,3", "their sum 5 must be num_layers 4"],
+    ),
+    "list of layers of words": (
+        nothing,
+        f"{TO_MG} --num-layer-list 2;2 --target-pipeline-parallel-size 2",
+        ["--num-layer-list 2", "must be whole numbers with commas"],
+    ),
+    "uneven stages and virtual stages": (
+        nothing,
+        f"{TO_MG} --num-layer-list 1,3 --target-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        ["virtual stages need the same number of layers in every pipeline stage"],
+    ),
+    "first stage with one stage": (
+        nothing,
+        f"{TO_MG} --decoder-first-pipeline-num-layers 2",
+        ["--decoder-first-pipeline-num-layers 2: uneven stages need a pipeline parallel size of 2 or more"],
+    ),
+    "first stage too large": (
+        nothing,
+        f"{TO_MG} --decoder-first-pipeline-num-layers 4 --target-pipeline-parallel-size 2",
+        ["leaves 0 of 4 layers for 1 other stages"],
+    ),
+    "uneven stages of a hf folder": (nothing, f"{TO_HF} --num-layer-list 1,3", ["--num-layer-list: a HF folder"]),
+    "legacy names of a hf folder": (nothing, f"{TO_HF} --save-legacy-names", ["--save-legacy-names: a HF folder"]),
+    "two spellings": (
+        nothing,
+        f"{TO_MG} --save-legacy-names --transformer-impl transformer_engine",
+        ["are two spellings of the same tensors"],
+    ),
+    "optimizer that is not there": (
+        nothing,
+        "--load-dir mg --save-dir out --keep-optimizer",
+        ["--keep-optimizer: mg/iter_0000001 has no optimizer state"],
+    ),
+    "optimizer for another layout": (
+        lambda: change_rank(lambda state: state.update(optimizer={})),
+        "--load-dir mg --save-dir out --keep-optimizer --target-tensor-parallel-size 1",
+        ["--keep-optimizer: the layout would change from TP2 PP2 to TP1 PP2"],
+    ),
+    "optimizer for other names": (
+        lambda: change_rank(lambda state: state.update(optimizer={})),
+        "--load-dir mg --save-dir out --keep-optimizer --transformer-impl transformer_engine",
+        ["--keep-optimizer: the names would change from local to transformer_engine"],
+    ),
+    "checksums that were never written": (
+        nothing,
+        f"{TO_MG} --verify-checksums",
+        ["hf: no modellink_manifest.json in it"],
+    ),
+    "manifest of something else": (
+        lambda: Path("mg/iter_0000001/modellink_manifest.json").write_text("[]"),
+        f"{TO_HF} --verify-checksums",
+        ["modellink_manifest.json: not a manifest of this program"],
+    ),
+    "file of the manifest missing": (
+        lambda: Path("mg/iter_0000001/modellink_manifest.json").write_text(
+            '{"files": {"gone.pt": {"bytes": 1, "crc32": "00"}}}'
+        ),
+        f"{TO_HF} --verify-checksums",
+        ["gone.pt: is in modellink_manifest.json but not on disk"],
+    ),
+    "rank files of different dtypes": (
+        lambda: change_rank(
+            lambda state: state["model"].update(
+                {"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(40, 24, dtype=torch.float32)}
+            )
+        ),
+        TO_HF,
+        ["decoder.layers.0.mlp.linear_fc1.weight is bfloat16, but float32 in another tensor parallel rank"],
+    ),
+    "rank file of whole numbers": (
+        lambda: change_rank(
+            lambda state: state["model"].update(
+                {"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(40, 24, dtype=torch.int8)}
+            )
+        ),
+        TO_HF,
+        ["linear_fc1.weight is stored as int8"],
+    ),
+    "checkpoint of 2020": (
+        lambda: change_rank(lambda state: state.update(checkpoint_version=1.0)),
+        TO_HF,
+        ["checkpoint_version 1.0 packs query, key and value in another order"],
+    ),
+    "checkpoint of a free pipeline layout": (
+        lambda: change_rank(lambda state: setattr(state["args"], "pipeline_model_parallel_layout", "Et*2|t*2L")),
+        TO_HF,
+        ["pipeline_model_parallel_layout 'Et*2|t*2L'"],
+    ),
+    "checkpoint of impossible stages": (
+        lambda: change_rank(lambda state: setattr(state["args"], "num_layer_list", "1,1")),
+        TO_HF,
+        ["the saved args have num_layer_list 1,1", "their sum 2 must be num_layers 4"],
+    ),
+    "pickled weights of another kind": (
+        lambda: (Path("hf/model.safetensors").unlink(), torch.save({"epoch": 3}, "hf/pytorch_model.bin")),
+        TO_MG,
+        ["hf/pytorch_model.bin: epoch is a int, but a file of HF weights holds tensors only"],
+    ),
+    "index that points outside": (
+        lambda: shard_index("../mg/x.safetensors"),
+        TO_MG,
+        ["names '../mg/x.safetensors', which is not a file of this folder"],
+    ),
+    "index is a list": (
+        lambda: (shard_index("x"), Path("hf/model.safetensors.index.json").write_text("[]")),
+        TO_MG,
+        ["no weight_map"],
     ),
     "config dir misspelt": (nothing, f"{TO_HF} --hf-config-dir hff", ["hff: no such folder", "did you mean hf?"]),
     "config contradicts checkpoint": (

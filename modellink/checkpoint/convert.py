@@ -1,14 +1,20 @@
 """The converter: HF folder to Megatron, Megatron to HF folder, one Megatron layout to another."""
 
+import argparse
 import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from modellink.checkpoint.checksums import Sums, check_files, file_sum, write_manifest
+from modellink.checkpoint.chunks import Source
 from modellink.checkpoint.convert_flags import (
     DTYPE_CHOICES,
     HF_FORMS,
@@ -20,13 +26,15 @@ from modellink.checkpoint.convert_flags import (
 )
 from modellink.checkpoint.convert_plan import (
     check_architecture,
+    check_keep_optimizer,
     check_source_virtual,
     check_stated,
     same_folder,
     target_layout,
+    target_names,
     unused_line,
 )
-from modellink.checkpoint.folders import TRACKER, iteration_folder_name
+from modellink.checkpoint.folders import TRACKER, iteration_folder_name, rank_folder_name
 from modellink.checkpoint.hf import (
     COMPANIONS,
     SHARD_BYTES,
@@ -37,14 +45,21 @@ from modellink.checkpoint.hf import (
     open_hf,
     read_config,
     require_folder,
-    write_weights,
+    shard_tensors,
+    write_index,
+    write_safetensors,
 )
 from modellink.checkpoint.megatron import MegatronCheckpoint, open_megatron
+from modellink.checkpoint.padding import cut_line
+from modellink.checkpoint.plan_lines import checkpoint_plan, free_line, hf_plan
 from modellink.checkpoint.publish import publish_folder, refuse_existing, require_space
 from modellink.checkpoint.saved_args import DTYPES, saved_args
-from modellink.checkpoint.writing import total_bytes, write_checkpoint
+from modellink.checkpoint.verify import verify
+from modellink.checkpoint.workers import write_parts
+from modellink.checkpoint.writing import OPTIMIZER_FILE, CheckpointJob, total_bytes
 from modellink.config.errors import ConfigError, ProblemList
 from modellink.config.files import check_real
+from modellink.config.model import ModelConfig
 from modellink.config.parser import parse_sections
 
 HF_COPIES = "hf"  # inside a Megatron folder: config and tokenizer of the HF folder it came from
@@ -71,32 +86,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     if what.hf_config_dir and not to_hf:
         problems.add(f"--hf-config-dir {what.hf_config_dir} belongs to an export, but the target is a Megatron "
                      "checkpoint; leave it out.")
+    if what.dry_run and (what.verify or what.verify_checksums):
+        problems.add("--dry-run reads no tensor data, so leave out --verify and --verify-checksums.")
+    if what.workers < 1:
+        problems.add(f"--workers {what.workers}: must be 1 or more.")
     for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size",
                  "num_layers_per_virtual_pipeline_stage", "make_vocab_size_divisible_by"):
         value = getattr(target, name)
         if value is not None and value < 1:
             problems.add(f"--{name.replace('_', '-')} {value}: must be 1 or more.")
     problems.raise_if_any()
+    shown = what.progress if "progress" in given else sys.stderr.isatty()
     if to_hf:
-        export_hf(what, target, stated, given)
+        export_hf(what, target, stated, given, shown)
     else:
-        convert_to_megatron(what, target, stated, given)
+        convert_to_megatron(what, target, stated, given, shown)
     return 0
 
 
-def convert_to_megatron(what: ConvertFlags, target: TargetFlags, stated: StatedFlags, given: frozenset[str]) -> None:
+def convert_to_megatron(what: ConvertFlags, target: TargetFlags, stated: StatedFlags, given: frozenset[str],
+                        shown: bool) -> None:
     """HF folder or Megatron checkpoint to a Megatron checkpoint in the asked layout."""
     assert what.load_dir and what.save_dir
     source: HFFolder | MegatronCheckpoint
     load_dir, save_dir = Path(what.load_dir), Path(what.save_dir)
     if what.loader in HF_LOADERS:
-        source, origin, companions = open_hf(load_dir), load_dir / "config.json", load_dir
+        source = open_hf(load_dir, headers_only=what.dry_run)
+        origin, companions = load_dir / "config.json", load_dir
     else:
         source = open_megatron(load_dir)
         origin, companions = source.rank_path(0, 0), load_dir / HF_COPIES
     problems = ProblemList()
     model = check_stated(stated, given, source, str(origin), problems)
     layout = target_layout(target, source, problems)
+    names = target_names(target, problems)
+    dtype = DTYPES[DTYPE_CHOICES[target.params_dtype]] if target.params_dtype else None
+    padded = model.padded_vocab_size(layout.tensor, target.make_vocab_size_divisible_by)
+    if target.keep_optimizer:
+        problems.catch(lambda: check_keep_optimizer(source, layout, names, padded, dtype))
     problems.catch(lambda: same_folder(load_dir, save_dir))
     problems.catch(lambda: refuse_existing(save_dir, (TRACKER,), what.overwrite))
     tokenizer = Path(stated.tokenizer_model) if stated.tokenizer_model else None
@@ -104,32 +131,48 @@ def convert_to_megatron(what: ConvertFlags, target: TargetFlags, stated: StatedF
         problems.catch(lambda: check_real(tokenizer))
     problems.raise_if_any()
 
-    dtype = DTYPES[DTYPE_CHOICES[target.params_dtype]] if target.params_dtype else None
-    padded = model.padded_vocab_size(layout.tensor, target.make_vocab_size_divisible_by)
     base, iteration, form = {}, 1, "HF"
     if isinstance(source, MegatronCheckpoint):
         source.check()
         base, iteration, form = source.args, source.iteration or 1, f"Megatron {source.layout}"
-        if source.has_optimizer:
+        if source.has_optimizer and not target.keep_optimizer:
             print(f"{load_dir}: its optimizer state is left out; only weights are converted.", flush=True)
+        if not what.dry_run:
+            _say(cut_line(source, model.vocab_size,
+                          stated=source.vocab_size_is_known or stated.true_vocab_size is not None))
     more = {"tokenizer_model": str(tokenizer)} if tokenizer else {}
     args = saved_args(model, layout, dtype=dtype or source.dtype, padded_vocab_size=padded, iteration=iteration,
-                      make_vocab_size_divisible_by=target.make_vocab_size_divisible_by, base=base, **more)
+                      make_vocab_size_divisible_by=target.make_vocab_size_divisible_by, base=base, names=names, **more)
+    if isinstance(source, MegatronCheckpoint):
+        _leave_unstated(args, source)
     needed = total_bytes(source, layout, model=model, padded_vocab_size=padded, dtype=dtype)
-    require_space(save_dir, needed)
     print(f"{load_dir} ({form}, {source.dtype}) -> {save_dir} (Megatron {layout}, {dtype or source.dtype}, "
           f"vocabulary {model.vocab_size} padded to {padded}), {needed / 1e9:.3g} GB", flush=True)
-    name = iteration_folder_name(iteration)
+
+    def job_in(folder: Path) -> CheckpointJob:
+        return CheckpointJob(folder / iteration_folder_name(iteration), layout, model, padded, dtype, args, iteration,
+                             names, target.keep_optimizer)
+
+    if what.dry_run:
+        print("\n".join([*checkpoint_plan(job_in(save_dir), source), free_line(save_dir, needed)]), flush=True)
+        return
+    _check_source_files(what, source, shown)
+    require_space(save_dir, needed)
     with publish_folder(save_dir, last=TRACKER) as folder:
-        steps = write_checkpoint(folder / name, source, layout, model=model, padded_vocab_size=padded, dtype=dtype,
-                                 args=args, iteration=iteration)
-        show_progress(steps, needed, what.progress if "progress" in given else sys.stderr.isatty())
+        job = job_in(folder)
+        job.folder.mkdir()
+        sums: Sums = {}
+        show_progress(write_parts(job, source, _reopening(source), what.workers, sums), needed, shown)
+        if target.keep_optimizer:
+            _copy_optimizer_files(source, job.folder, sums)
+        write_manifest(job.folder, sums)
         copy_companions(companions, folder / HF_COPIES, tokenizer)
         (folder / TRACKER).write_text(f"{iteration}\n", encoding="utf-8")
+        if what.verify:
+            verify(source, open_megatron(folder), model, dtype, say=_say)
 
 
-def export_hf(what: ConvertFlags, target: TargetFlags, stated: StatedFlags, given: frozenset[str],
-              shard_bytes: int = SHARD_BYTES) -> None:
+def export_hf(what: ConvertFlags, target: TargetFlags, stated: StatedFlags, given: frozenset[str], shown: bool) -> None:
     """Megatron checkpoint of any layout to a HF folder."""
     assert what.load_dir and what.save_dir
     load_dir, save_dir = Path(what.load_dir), Path(what.save_dir)
@@ -154,16 +197,91 @@ def export_hf(what: ConvertFlags, target: TargetFlags, stated: StatedFlags, give
     dtype = DTYPES[DTYPE_CHOICES[target.params_dtype]] if target.params_dtype else None
     tensors = hf_tensors(source, model, dtype)
     needed = sum(tensor.nbytes for tensor in tensors)
-    require_space(out, needed)
     print(f"{load_dir} (Megatron {source.layout}, {source.dtype}) -> {out} (HF, {dtype or source.dtype}), "
           f"config and tokenizer from {config_dir}, {needed / 1e9:.3g} GB", flush=True)
+    if what.dry_run:
+        print("\n".join([*hf_plan(tensors, SHARD_BYTES), free_line(out, needed)]), flush=True)
+        return
+    _say(cut_line(source, model.vocab_size, stated=source.vocab_size_is_known or stated.true_vocab_size is not None))
+    _check_source_files(what, source, shown)
+    require_space(out, needed)
     stale = [path for path in out.iterdir() if is_shard_name(path.name)] if out.is_dir() else []
     with publish_folder(out, stale=stale, last="config.json") as folder:
-        show_progress(write_weights(folder, tensors, shard_bytes), needed,
-                      what.progress if "progress" in given else sys.stderr.isatty())
+        sums: Sums = {}
+        shards = shard_tensors(tensors, SHARD_BYTES)
+        job = HFJob(folder, model, dtype, len(shards))
+        show_progress(write_parts(job, source, _reopening(source), what.workers, sums), needed, shown)
+        write_index(folder, shards)
         copy_companions(config_dir, folder, None)
         text = json.dumps(exported_config(raw, model, dtype or source.dtype), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        sums.update({path.name: file_sum(path) for path in folder.iterdir() if path.name not in sums})
+        write_manifest(folder, sums)
+        if what.verify:
+            verify(source, open_hf(folder), model, dtype, say=_say)
+
+
+@dataclass(frozen=True)
+class HFJob:
+    """The safetensors files of a HF folder; it travels to worker processes."""
+
+    folder: Path
+    model: ModelConfig
+    dtype: torch.dtype | None
+    num_shards: int
+
+    @property
+    def parts(self) -> list[int]:
+        """The numbers of the shards."""
+        return list(range(self.num_shards))
+
+    def write(self, source: Source, parts: Sequence[int], sums: Sums) -> Iterator[int]:
+        shards = list(shard_tensors(hf_tensors(source, self.model, self.dtype), SHARD_BYTES).items())
+        for part in parts:
+            name, tensors = shards[part]
+            yield from write_safetensors(self.folder / name, tensors, sums)
+
+
+def _say(line: str) -> None:
+    if line:
+        print(line, flush=True)
+
+
+def _reopening(source: HFFolder | MegatronCheckpoint) -> Callable[[], Source]:
+    """How a worker process opens the same source."""
+    if isinstance(source, HFFolder):
+        return partial(HFFolder, source.folder)
+    return partial(MegatronCheckpoint, source.folder)
+
+
+def _leave_unstated(args: argparse.Namespace, source: MegatronCheckpoint) -> None:
+    """What the source does not say the target must not claim to know."""
+    for field, name in (("rope_theta", "rotary_base"), ("rms_norm_eps", "norm_epsilon")):
+        if field in source.unstated:
+            setattr(args, name, None)
+    if not source.vocab_size_is_known and args.vocab_size == source.padded_vocab_size:
+        args.vocab_size = None
+
+
+def _check_source_files(what: ConvertFlags, source: HFFolder | MegatronCheckpoint, shown: bool) -> None:
+    """`--verify-checksums`."""
+    if not what.verify_checksums:
+        return
+    rank_files = source.rank_paths() if isinstance(source, MegatronCheckpoint) else []
+    with tqdm(unit="B", unit_scale=True, desc="checksums", disable=not shown) as bar:
+        _say(check_files(source.folder, rank_files, bar.update))
+
+
+def _copy_optimizer_files(source: HFFolder | MegatronCheckpoint, folder: Path, sums: Sums) -> None:
+    """The distributed optimizer's own files."""
+    assert isinstance(source, MegatronCheckpoint)
+    for stage in range(source.layout.pipeline):
+        for rank in range(source.layout.tensor):
+            path = source.rank_path(rank, stage).with_name(OPTIMIZER_FILE)
+            if path.is_file():
+                copy = folder / rank_folder_name(source.layout, rank, stage) / OPTIMIZER_FILE
+                shutil.copyfile(path, copy)
+                sums[str(copy.relative_to(folder))] = file_sum(copy)
 
 
 def find_config(what: ConvertFlags, load_dir: Path, save_dir: Path) -> Path:

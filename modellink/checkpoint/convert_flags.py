@@ -30,6 +30,13 @@ class ConvertFlags:
     hf_config_dir: str | None = flag(
         None, "for an export: folder with config.json and tokenizer (default: SAVE_DIR, else LOAD_DIR/hf)",
         metavar="DIR")
+    dry_run: bool = flag(
+        False, "print the plan and write nothing; of a HF folder only config.json and safetensors headers are read")
+    verify: bool = flag(
+        False, "before the target gets its name compare every tensor with the source, and the logits of both on some "
+        "prompts")
+    verify_checksums: bool = flag(False, "read every file of the source first and compare it with its checksum")
+    workers: int = flag(1, "processes that write files side by side")
     overwrite: bool = flag(False, "replace what an earlier conversion wrote to the target")
     progress: bool = flag(False, "show the progress bar also without a terminal; --no-progress hides it on one")
 
@@ -45,6 +52,17 @@ class TargetFlags:
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers in each virtual stage: of the target, or of the source (checked) when the target is a HF folder",
         type=int)
+    num_layer_list: str | None = flag(
+        None, "layers of every pipeline stage of the target, for example 2,3,3", metavar="N,N,...")
+    decoder_first_pipeline_num_layers: int | None = flag(
+        None, "layers of the target's first pipeline stage; the others share the rest evenly", type=int)
+    decoder_last_pipeline_num_layers: int | None = flag(
+        None, "layers of the target's last pipeline stage; the others share the rest evenly", type=int)
+    transformer_impl: str = flag("local", "names of the target's tensors: megatron-core's local layer specification, "
+                                 "or Transformer Engine's", choices=["local", "transformer_engine"])
+    save_legacy_names: bool = flag(False, "write the nested names (language_model) of the original ModelLink")
+    keep_optimizer: bool = flag(
+        False, "keep optimizer, schedule and random states; layout, names and dtype must be the source's")
     params_dtype: str | None = flag(None, "dtype of the written weights (default: the source's)",
                                     choices=list(DTYPE_CHOICES))
     make_vocab_size_divisible_by: int = flag(
@@ -69,11 +87,11 @@ class StatedFlags:
 class UnusedFlags:
     """Accepted without effect."""
 
-    max_queue_size: int | None = flag(None, "no effect: tensors stream through one process", type=int)
+    max_queue_size: int | None = flag(None, "no effect: tensors stream without a queue", type=int)
     checking: bool = flag(True, "no effect: every tensor's name and shape is always checked")
     megatron_path: str | None = flag(None, "no effect: no Megatron code is imported", metavar="DIR")
     vocab_file: str | None = flag(None, "no effect: vocabulary rows come from config.json", metavar="FILE")
-    use_mcore_models: bool = flag(False, "no effect: checkpoints always have megatron-core's names")
+    use_mcore_models: bool = flag(False, "no effect: megatron-core's names are the default, see --save-legacy-names")
 
 
 SECTIONS = (ConvertFlags, TargetFlags, StatedFlags, UnusedFlags)

@@ -3,10 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from modellink.checkpoint.convert_flags import StatedFlags, TargetFlags, UnusedFlags
 from modellink.checkpoint.hf import HFFolder
-from modellink.checkpoint.layout import Layout
+from modellink.checkpoint.layout import Layout, stage_layers
 from modellink.checkpoint.megatron import MegatronCheckpoint
+from modellink.checkpoint.names import LEGACY, LOCAL
 from modellink.config.errors import ConfigError, ProblemList
 from modellink.config.model import ModelConfig
 
@@ -62,23 +65,63 @@ def target_layout(target: TargetFlags, source: HFFolder | MegatronCheckpoint, pr
     pipeline = target.target_pipeline_parallel_size or old.pipeline
     per_chunk = target.num_layers_per_virtual_pipeline_stage
     num_layers = source.model.num_layers
-    chunks = 1
-    if per_chunk:
-        chunks = num_layers // (pipeline * per_chunk)
-        if num_layers % (pipeline * per_chunk):
-            problems.add(f"--num-layers-per-virtual-pipeline-stage {per_chunk}: num_layers {num_layers} is not "
-                         f"divisible by pipeline parallel size {pipeline} x {per_chunk} = {pipeline * per_chunk}; "
-                         "change one of them.")
-            chunks = 1
-    layout = Layout(tensor, pipeline, chunks)
+    uneven = (target.num_layer_list, target.decoder_first_pipeline_num_layers, target.decoder_last_pipeline_num_layers)
+    if uneven != (None, None, None):
+        if per_chunk:
+            problems.add(f"--num-layers-per-virtual-pipeline-stage {per_chunk}: virtual stages need the same number of "
+                         "layers in every pipeline stage; leave it out, or the flags of uneven stages.")
+        layers = problems.catch(lambda: stage_layers(num_layers, pipeline, layer_list=uneven[0], first=uneven[1],
+                                                     last=uneven[2]))
+        layout = Layout.of_stages(tensor, layers) if isinstance(layers, tuple) else Layout(tensor)
+    elif old.stage_layers is not None and pipeline == old.pipeline and not per_chunk:
+        layout = Layout(tensor, pipeline, 1, old.stage_layers)
+    else:
+        chunks = 1
+        if per_chunk:
+            chunks = num_layers // (pipeline * per_chunk)
+            if num_layers % (pipeline * per_chunk):
+                problems.add(f"--num-layers-per-virtual-pipeline-stage {per_chunk}: num_layers {num_layers} is not "
+                             f"divisible by pipeline parallel size {pipeline} x {per_chunk} = {pipeline * per_chunk}; "
+                             "change one of them.")
+                chunks = 1
+        layout = Layout(tensor, pipeline, chunks)
     for problem in layout.check(source.model):
         problems.add(problem)
     return layout
 
 
+def target_names(target: TargetFlags, problems: ProblemList) -> str:
+    """The spelling of the target's tensors."""
+    if target.save_legacy_names and target.transformer_impl != LOCAL:
+        problems.add(f"--save-legacy-names and --transformer-impl {target.transformer_impl} are two spellings of the "
+                     "same tensors; leave one of them out.")
+    return LEGACY if target.save_legacy_names else target.transformer_impl
+
+
+def check_keep_optimizer(source: HFFolder | MegatronCheckpoint, layout: Layout, names: str, padded_vocab_size: int,
+                         dtype: torch.dtype | None) -> None:
+    """Optimizer state belongs to the parameters of one rank, in their order: nothing of them may change.
+
+    Raises:
+        ConfigError: something would.
+    """
+    if not isinstance(source, MegatronCheckpoint) or not source.has_optimizer:
+        raise ConfigError(f"--keep-optimizer: {source.folder} has no optimizer state; leave the flag out.")
+    for what, old, new in (("layout", source.layout, layout), ("names", source.names, names),
+                           ("padded vocabulary", source.padded_vocab_size, padded_vocab_size),
+                           ("dtype", source.dtype, dtype or source.dtype)):
+        if old != new:
+            raise ConfigError(f"--keep-optimizer: the {what} would change from {old} to {new}, and optimizer state of "
+                              "the per-rank form cannot follow; leave the flag out to convert the weights alone.")
+
+
 def check_source_virtual(target: TargetFlags, source: MegatronCheckpoint) -> None:
     """Towards a HF folder the virtual stage size states the source."""
     asked = target.num_layers_per_virtual_pipeline_stage
+    for name in ("num_layer_list", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+                 "save_legacy_names", "keep_optimizer"):
+        if getattr(target, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: a HF folder has no such thing; leave it out.")
     found = source.layout.layers_per_chunk(source.model.num_layers)
     if asked is None or (asked == found and source.layout.pipeline > 1):
         return
@@ -94,6 +137,7 @@ def check_architecture(config: ModelConfig, saved: ModelConfig, source: Megatron
         ConfigError: they contradict each other, with both values.
     """
     problems = []
+    saved = dataclasses.replace(saved, **{name: getattr(config, name) for name in source.unstated})
     for name in ARCHITECTURE:
         if getattr(config, name) != getattr(saved, name):
             problems.append(f"{name} is {getattr(config, name)} in {origin}, but {getattr(saved, name)} in the "

@@ -1,30 +1,32 @@
-"""HF folders: safetensors read by memory map, and written one tensor at a time."""
+"""HF folders: read by memory map, and written one tensor at a time as safetensors."""
 
 import dataclasses
 import json
 import re
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from modellink.checkpoint.checksums import FileSum, Sums
 from modellink.checkpoint.chunks import LazyTensor, Source
+from modellink.checkpoint.hf_files import NAMES, PickledFile, SafetensorsFile, SafetensorsHeader, WeightFile
 from modellink.checkpoint.qwen15 import EMBEDDING, HEAD, hf_rules
 from modellink.checkpoint.saved_args import dtype_name
 from modellink.checkpoint.shapes import compare_shapes
-from modellink.checkpoint.streams import write_blocks
+from modellink.checkpoint.streams import write_blocks_checked
 from modellink.config.errors import ConfigError
-from modellink.config.files import check_real, near_path_hint, read_json
+from modellink.config.files import near_path_hint, read_json
 from modellink.config.model import ModelConfig
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # the largest shard most tools write; keeps a shard easy to fetch again
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
               "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
               "chat_template.json", "tokenizer.model")
@@ -61,63 +63,72 @@ class HFFolder:
         config: config.json as it is.
         model: the architecture, with the dtype that the tensors really have.
         dtype: of the embedding.
+        paths: its weight files.
+
+    Args:
+        headers_only: for a plan: safetensors files may end behind their headers, and no tensor can be read.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, headers_only: bool = False):
         self.folder = Path(folder)
         self.config, model = read_config(self.folder)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, WeightFile] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._shards():
-            shapes.update(self._open(path))
+        self.paths = self._shards()
+        for path in self.paths:
+            shapes.update(self._open(path, headers_only))
         tied_head = model.tie_word_embeddings and HEAD in shapes
         compare_shapes(str(self.folder), {name: tensor.shape for name, (tensor, _) in hf_rules(model).items()},
                        {name: shape for name, shape in shapes.items() if not (tied_head and name == HEAD)})
-        if tied_head and not torch.equal(self._tensor(HEAD), self._tensor(EMBEDDING)):
+        if tied_head and not headers_only and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
             raise ConfigError(f"{self.folder}: config.json says tie_word_embeddings true, but {HEAD} differs from "
                               f"{EMBEDDING}; set tie_word_embeddings to false or remove {HEAD}.")
         self.dtype = self._dtypes[EMBEDDING]
         self.model = dataclasses.replace(model, dtype=dtype_name(self.dtype))
 
     def _shards(self) -> list[Path]:
-        single, index = self.folder / SINGLE, self.folder / INDEX
-        if single.exists():
-            return [single]
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ConfigError(f"{index}: has no weight_map; fetch the file again.")
-            paths = [self.folder / name for name in sorted(set(weight_map.values()))]
-            missing = [path.name for path in paths if not path.is_file()]
-            if missing:
-                raise ConfigError(f"{index}: names {', '.join(missing[:4])}, which {self.folder} does not hold; "
-                                  "fetch the missing shards.")
-            return paths
-        pickled = sorted(path.name for path in self.folder.glob("pytorch_model*.bin"))
-        found = f"it holds {pickled[0]}: save the model as safetensors" if pickled else "fetch the weights"
-        raise ConfigError(f"{self.folder}: neither {SINGLE} nor {INDEX} is in it; {found}.")
+        for single, index in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
+            if (self.folder / single).exists():
+                return [self.folder / single]
+            if (self.folder / index).exists():
+                return self._indexed(self.folder / index)
+        raise ConfigError(f"{self.folder}: neither {SINGLE} nor {INDEX} is in it; fetch the weights.")
 
-    def _open(self, path: Path) -> dict[str, tuple[int, ...]]:
-        check_real(path)
-        try:
-            file = safe_open(str(path), framework="pt")
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not a whole safetensors file ({error}); fetch it again.") from error
+    def _indexed(self, index: Path) -> list[Path]:
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{index}: has no weight_map; fetch the file again.")
+        odd = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
+        if odd:
+            raise ConfigError(f"{index}: names {odd[0]!r}, which is not a file of this folder; fetch the file again.")
+        paths = [self.folder / name for name in sorted(set(weight_map.values()))]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise ConfigError(f"{index}: names {', '.join(missing[:4])}, which {self.folder} does not hold; "
+                              "fetch the missing shards.")
+        return paths
+
+    def _open(self, path: Path, headers_only: bool) -> dict[str, tuple[int, ...]]:
+        file: WeightFile
+        if path.suffix == ".bin":
+            file = PickledFile(path)
+        else:
+            file = SafetensorsHeader(path) if headers_only else SafetensorsFile(path)
         shapes = {}
-        for name in file.keys():  # noqa: SIM118 (a safe_open handle is not a dict)
+        for name, stored in file.tensors.items():
             if name.endswith("rotary_emb.inv_freq"):  # a buffer that old exports kept; it follows from config.json
                 continue
-            header = file.get_slice(name)
-            if header.get_dtype() not in DTYPES:
-                raise ConfigError(f"{path}: {name} is stored as {header.get_dtype()}, but only "
-                                  f"{', '.join(DTYPES)} weights can be converted; give the unquantised model.")
-            shapes[name] = tuple(header.get_shape())
-            self._dtypes[name] = DTYPES[header.get_dtype()]
+            if name in self._files:
+                raise ConfigError(f"{path}: {name} is in another file of {self.folder} too; fetch the weights again.")
+            shapes[name] = stored.shape
+            self._dtypes[name] = stored.dtype
             self._files[name] = file
         return shapes
 
-    def _tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, as a mapped view."""
         return self._files[name].get_tensor(name)
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -125,16 +136,16 @@ class HFFolder:
 
     def read(self, name: str, dim: int, start: int, stop: int) -> list[Tensor]:
         """Indices [start, stop) of a tensor along `dim`, as one mapped view."""
-        return [self._tensor(name).narrow(dim, start, stop - start)]
+        return [self.tensor(name).narrow(dim, start, stop - start)]
 
 
-def open_hf(folder: Path) -> HFFolder:
+def open_hf(folder: Path, *, headers_only: bool = False) -> HFFolder:
     """Open a HF folder and compare every tensor's name and shape with the rule table.
 
     Raises:
         ConfigError: a file is missing, truncated or a stand-in, or tensors are unknown, missing or misshapen.
     """
-    return HFFolder(folder)
+    return HFFolder(folder, headers_only=headers_only)
 
 
 def hf_tensors(source: Source, model: ModelConfig, dtype: torch.dtype | None = None) -> list[LazyTensor]:
@@ -161,8 +172,8 @@ def shard_tensors(tensors: list[LazyTensor], shard_bytes: int = SHARD_BYTES) -> 
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
-def write_safetensors(path: Path, tensors: list[LazyTensor]) -> Iterator[int]:
-    """Write one safetensors file tensor by tensor; yields the bytes of each."""
+def write_safetensors(path: Path, tensors: list[LazyTensor], sums: Sums) -> Iterator[int]:
+    """Write one safetensors file tensor by tensor; yields the bytes of each and notes the file's checksum in `sums`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -171,24 +182,34 @@ def write_safetensors(path: Path, tensors: list[LazyTensor]) -> Iterator[int]:
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
+    text = len(text).to_bytes(8, "little") + text
+    crc = zlib.crc32(text)
+    with open(path, "wb") as handle, ThreadPoolExecutor(1) as pool:
+        handle.write(text)
         handle.flush()  # the tensors go to the descriptor directly
         for tensor in tensors:
-            written = write_blocks(handle.fileno(), tensor.blocks())
+            written, crc = write_blocks_checked(handle.fileno(), tensor.blocks(), pool, crc)
             if written != tensor.nbytes:
                 raise RuntimeError(f"{path}: {tensor.name} has {written} bytes instead of {tensor.nbytes}")
             yield written
+    sums[path.name] = FileSum(len(text) + offset, crc)
 
 
-def write_weights(folder: Path, tensors: list[LazyTensor], shard_bytes: int = SHARD_BYTES) -> Iterator[int]:
+def write_weights(folder: Path, tensors: list[LazyTensor], shard_bytes: int = SHARD_BYTES,
+                  sums: Sums | None = None) -> Iterator[int]:
     """Write the safetensors shards and, when there are several, their index into `folder`; yields bytes as they go."""
     shards = shard_tensors(tensors, shard_bytes)
     for name, shard in shards.items():
-        yield from write_safetensors(folder / name, shard)
+        yield from write_safetensors(folder / name, shard, sums if sums is not None else {})
+    write_index(folder, shards)
+
+
+def write_index(folder: Path, shards: dict[str, list[LazyTensor]]) -> None:
+    """The index of several shards; a single file has none."""
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
+        total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -203,4 +224,6 @@ def exported_config(raw: dict[str, Any], model: ModelConfig, dtype: torch.dtype)
 
 
 def is_shard_name(name: str) -> bool:
-    return name in (SINGLE, INDEX) or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) is not None
+    """Whether a file name is one of weights or their index."""
+    return (name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX)
+            or re.fullmatch(r"(pytorch_)?model-\d{5}-of-\d{5}\.(safetensors|bin)", name) is not None)

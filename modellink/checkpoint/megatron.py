@@ -17,10 +17,12 @@ from modellink.checkpoint.folders import (
     rank_folder_name,
     write_tracker,
 )
+from modellink.checkpoint.names import from_disk, spelling_of
 from modellink.checkpoint.qwen15 import chunk_rules
 from modellink.checkpoint.rank_file import load_rank_file, save_rank_file, write_rank_file
 from modellink.checkpoint.rules import Rule
 from modellink.checkpoint.saved_args import (
+    DTYPES,
     EMBEDDING_TABLE,
     dtype_name,
     layout_from_args,
@@ -29,6 +31,7 @@ from modellink.checkpoint.saved_args import (
     plain_args,
     real_vocab_size,
     saved_args,
+    unstated_fields,
 )
 from modellink.checkpoint.shapes import compare_shapes
 from modellink.config.errors import ConfigError
@@ -54,11 +57,14 @@ class MegatronCheckpoint:
         padded_vocab_size: rows of the vocabulary table over all tensor ranks.
         has_optimizer: whether optimizer state lies beside the weights.
         args: the saved namespace as a dictionary.
+        names: spelling of its tensors, see `names`.
+        unstated: fields of `model` that the args do not say and that are Megatron-LM's defaults here.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._states: dict[tuple[int, int], dict[str, Any]] = {}
+        self._dtypes: dict[tuple[int, int], dict[str, torch.dtype]] = {}  # by stage and chunk
         self._chunks: dict[tuple[int, int, int], dict[str, Tensor]] = {}
         first = self._first_rank_file()
         state = load_rank_file(first)
@@ -67,14 +73,21 @@ class MegatronCheckpoint:
                               "give a checkpoint saved by Megatron-LM or this program.")
         self.args = plain_args(state["args"])
         self.layout = layout_from_args(self.args, str(first))
+        version = state.get("checkpoint_version", 0)
+        if isinstance(version, (int, float)) and version < 2:
+            raise ConfigError(f"{first}: checkpoint_version {version} packs query, key and value in another order "
+                              "(it is 3.0 since 2021); load and save it once with Megatron-LM.")
         tensors = self._model_of(state, 0, first)
+        self.names = spelling_of(state["model" if self.layout.chunks == 1 else "model0"])
+        self.unstated = unstated_fields(self.args)
         shapes = {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
         self.dtype: torch.dtype = tensors[EMBEDDING_TABLE].dtype if EMBEDDING_TABLE in shapes else torch.float32
         self.model: ModelConfig = dataclasses.replace(model_from_args(self.args, shapes, str(first)),
                                                       dtype=dtype_name(self.dtype))
         self.padded_vocab_size = padded_vocab_size(self.args, shapes, str(first))
         self.vocab_size_is_known = real_vocab_size(self.args, self.padded_vocab_size) is not None
-        self.iteration = int(state.get("iteration") or self.args.get("iteration") or 0)
+        numbers = (state.get("iteration"), self.args.get("iteration"))  # a release may have the word here
+        self.iteration = next((number for number in numbers if isinstance(number, int) and number), 0)
         self.has_optimizer = "optimizer" in state or (first.parent / "distrib_optim.pt").is_file()
         problems = self.layout.check(self.model)
         if problems:
@@ -95,6 +108,11 @@ class MegatronCheckpoint:
 
     def rank_path(self, tensor_rank: int, stage: int) -> Path:
         return self.folder / rank_folder_name(self.layout, tensor_rank, stage) / RANK_FILE
+
+    def rank_paths(self) -> list[Path]:
+        """Every rank file."""
+        return [self.rank_path(tensor_rank, stage) for stage in range(self.layout.pipeline)
+                for tensor_rank in range(self.layout.tensor)]
 
     def rank_state(self, tensor_rank: int, stage: int) -> dict[str, Any]:
         """The whole dictionary of one rank file, its tensors memory-mapped."""
@@ -123,8 +141,19 @@ class MegatronCheckpoint:
                       for name, rule in chunk_rules(self.model, self.layout, stage, chunk)}
             found = {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
             compare_shapes(str(path), wanted, found)
+            self._check_dtypes(key, {name: tensors[name].dtype for name in wanted}, path)
             self._chunks[key] = {name: tensors[name].detach() for name in wanted}
         return self._chunks[key]
+
+    def _check_dtypes(self, key: tuple[int, int, int], dtypes: dict[str, torch.dtype], path: Path) -> None:
+        first = self._dtypes.setdefault(key[1:], dtypes)
+        for name, dtype in dtypes.items():
+            if dtype not in DTYPES.values():
+                raise ConfigError(f"{path}: {name} is stored as {dtype_name(dtype)}, but only {', '.join(DTYPES)} "
+                                  "weights can be converted; give the unquantised model.")
+            if dtype is not first[name]:
+                raise ConfigError(f"{path}: {name} is {dtype_name(dtype)}, but {dtype_name(first[name])} in another "
+                                  "tensor parallel rank; the files are of different checkpoints, copy them again.")
 
     def check(self) -> None:
         """Open every rank file and compare every tensor's name and shape with the rule table."""
@@ -140,10 +169,7 @@ class MegatronCheckpoint:
             there = sorted(name for name in state if name.startswith("model")) or ["no model"]
             raise ConfigError(f"{path}: {key!r} is missing, though its args say {self.layout}; it holds "
                               f"{', '.join(there)}: the file belongs to another layout, copy the checkpoint again.")
-        if "language_model" in tensors:
-            raise ConfigError(f"{path}: saved by Megatron-LM's legacy model classes (language_model), which this "
-                              "program does not read; save it with --use-mcore-models.")
-        return {name: value for name, value in tensors.items() if not name.endswith("_extra_state")}
+        return from_disk(tensors)
 
     def _index(self) -> dict[str, tuple[Rule, str, int, int]]:
         """For each HF tensor its rule, and the local name, stage and chunk of the Megatron tensor that packs it."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,25 +38,32 @@ def publish_folder(target: Path, stale: Iterable[Path] = (), last: str | None = 
     """Yield a folder beside `target`; when the block ends move it, or each of its entries, into place.
 
     An absent or empty `target` is created by one rename. In a `target` that holds other files only the entries
-    written are replaced and the paths `stale` removed; the entry `last` comes last (the tracker of a checkpoint).
-    Whatever fails, the folder beside is removed, and so are parent folders made for it.
+    written are replaced and the paths `stale` removed; the entry `last`, without which nothing is taken for whole (the
+    tracker of a checkpoint, config.json of a HF folder), goes first and comes back last. Everything is on the disk
+    before it gets its name. Whatever fails, the folder beside is removed, and so are parent folders made for it; what
+    a killed run has left there is removed by the next one.
     """
     target = Path(os.path.abspath(target))
     created = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-    beside = target.parent / f".{target.name}.{os.getpid()}.part"
+    host = socket.gethostname()
+    beside = target.parent / f".{target.name}.{host}.{os.getpid()}.part"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(target, host)
         beside.mkdir()
         yield beside
+        flush_to_disk(beside)
         if not target.exists():
             os.replace(beside, target)
         else:
-            for path in stale:
+            for path in (*([target / last] if last else []), *stale):
                 remove(path)
             for entry in sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name)):
                 remove(target / entry.name)
                 os.replace(entry, target / entry.name)
             beside.rmdir()
+            _flush(target)
+        _flush(target.parent)
     except BaseException as error:
         remove(beside)
         for folder in created:
@@ -64,3 +72,26 @@ def publish_folder(target: Path, stale: Iterable[Path] = (), last: str | None = 
         if isinstance(error, OSError):
             raise disk_error(target, error) from error
         raise
+
+
+def _remove_left_over(target: Path, host: str) -> None:
+    """Remove the unfinished folders of processes of this host that are gone."""
+    for path in target.parent.glob(f".{target.name}.{host}.*.part"):
+        number = path.name.split(".")[-2]
+        if number.isdecimal() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
+            remove(path)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Bring a folder with everything in it from the page cache to the disk."""
+    for path in folder.rglob("*"):
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

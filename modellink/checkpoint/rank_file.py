@@ -7,10 +7,11 @@ written and dropped.
 
 import io
 import pickle
+import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor
 
 from modellink.checkpoint import unpickle
+from modellink.checkpoint.checksums import FileSum
 from modellink.checkpoint.chunks import LazyTensor
-from modellink.checkpoint.stored_zip import StoredZip
+from modellink.checkpoint.stored_zip import ALIGNMENT, StoredZip
 from modellink.config.errors import ConfigError
 from modellink.config.files import check_real, write_beside
 
 # parts of a checkpoint of Megatron-LM that hold objects of its own classes; nothing here uses those objects
 OBJECTS_EXPECTED_IN = {"args", "rerun_state_machine"}
+LOCAL_HEADER = 30  # bytes before the name of an entry of a zip file
 STORAGES = {
     torch.float32: torch.FloatStorage, torch.float64: torch.DoubleStorage, torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage, torch.uint8: torch.ByteStorage, torch.int8: torch.CharStorage,
@@ -74,11 +77,13 @@ class _Pickler(pickle.Pickler):
         return torch._utils._rebuild_tensor_v2, (record, 0, tuple(value.shape), stride, False, OrderedDict())
 
 
-def write_rank_file(path: Path, state: dict[str, Any]) -> Generator[int, None, None]:
+def write_rank_file(path: Path, state: dict[str, Any],
+                    done: Callable[[FileSum], object] | None = None) -> Generator[int, None, None]:
     """Write `state` to `path`; yields after each tensor the bytes written, so that several files can advance in turn.
 
     Args:
         state: nested dicts and lists of tensors, LazyTensors and plain values. Tensors are stored contiguous, on CPU.
+        done: told the size and checksum of the whole file at the end.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
@@ -91,6 +96,8 @@ def write_rank_file(path: Path, state: dict[str, Any]) -> Generator[int, None, N
             size = record.numel * record.tensor.dtype.itemsize
             archive.add(f"data/{record.key}", size, record.blocks())
             yield size
+    if done:
+        done(archive.sum)
 
 
 def save_rank_file(path: Path, state: dict[str, Any]) -> None:
@@ -119,9 +126,10 @@ def load_rank_file(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ConfigError(f"{path}: not a whole torch checkpoint file (truncated, or written before torch 1.6); "
                           "copy it again or save it with a newer torch.")
+    _check_container(path)
     try:
         state = torch.load(str(path), map_location="cpu", mmap=mmap, weights_only=False, pickle_module=unpickle)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path}: torch cannot read this checkpoint file ({reason}); copy it again.") from error
     if not isinstance(state, dict):
@@ -133,3 +141,26 @@ def load_rank_file(path: Path, *, mmap: bool = True) -> dict[str, Any]:
         raise ConfigError(f"{path}: {found[0].strip('/')} is an object of {found[1]}, which is not plain checkpoint "
                           "data and is not loaded; save the checkpoint without it.")
     return state
+
+
+def _check_container(path: Path) -> None:
+    """Check what torch takes on trust: the checksums of all but the tensors, and where the records lie.
+
+    Damage in the pickle could pass for other values, and damage in a record's header would shift its tensor.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as handle:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
+            for entry, end in zip(entries, ends):
+                handle.seek(entry.header_offset)
+                header = handle.read(LOCAL_HEADER)
+                name_size, extra_size = struct.unpack("<HH", header[26:])
+                start = entry.header_offset + LOCAL_HEADER + name_size + extra_size
+                if (header[:4] != b"PK\3\4" or handle.read(name_size) != entry.orig_filename.encode()
+                        or start % ALIGNMENT or start + entry.file_size > end or entry.compress_type):
+                    raise zipfile.BadZipFile(f"the header of {entry.filename} is not as torch writes it")
+                if "/data/" not in entry.filename:
+                    archive.read(entry)
+    except (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); copy it again.") from error

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from modellink.checkpoint.layout import Layout
+from modellink.checkpoint.layout import Layout, stage_layers
+from modellink.checkpoint.names import LEGACY, LOCAL, TRANSFORMER_ENGINE
 from modellink.checkpoint.unpickle import is_placeholder
 from modellink.config.errors import ConfigError
 from modellink.config.model import ModelConfig
@@ -20,7 +21,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def saved_args(model: ModelConfig, layout: Layout, *, dtype: torch.dtype, padded_vocab_size: int, iteration: int,
-               make_vocab_size_divisible_by: int = 1, base: Mapping[str, Any] | None = None,
+               make_vocab_size_divisible_by: int = 1, base: Mapping[str, Any] | None = None, names: str = LOCAL,
                **more: Any) -> argparse.Namespace:
     """The namespace Megatron-LM expects in a checkpoint: plain values only, so that any reader can unpickle it.
 
@@ -28,9 +29,11 @@ def saved_args(model: ModelConfig, layout: Layout, *, dtype: torch.dtype, padded
         dtype: of the saved weights.
         padded_vocab_size: rows of the saved vocabulary tables over all tensor ranks.
         base: args of an earlier checkpoint to carry over; objects that are not plain values are left out.
+        names: spelling of the tensors, see `names`.
         more: further values, such as seq_length, consumed_train_samples or tokenizer_model.
     """
     virtual = layout.chunks if layout.chunks > 1 else None
+    uneven = layout.stage_layers
     values = {name: value for name, value in (base or {}).items() if _is_plain(value)}
     values.setdefault("seq_length", model.max_position_embeddings)
     values.setdefault("consumed_train_samples", 0)
@@ -65,11 +68,15 @@ def saved_args(model: ModelConfig, layout: Layout, *, dtype: torch.dtype, padded
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=virtual,
         num_layers_per_virtual_pipeline_stage=layout.layers_per_chunk(model.num_layers) if virtual else None,
+        num_layer_list=",".join(map(str, uneven)) if uneven else None,  # MindSpeed's name
+        decoder_first_pipeline_num_layers=uneven[0] if uneven and len(set(uneven[1:-1])) < 2 else None,
+        decoder_last_pipeline_num_layers=uneven[-1] if uneven and len(set(uneven[1:-1])) < 2 else None,
+        pipeline_model_parallel_layout=None,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
-        use_mcore_models=True,
-        transformer_impl="local",
+        use_mcore_models=names != LEGACY,
+        transformer_impl=TRANSFORMER_ENGINE if names == TRANSFORMER_ENGINE else "local",
         iteration=iteration,
         **more,
     )
@@ -93,10 +100,33 @@ def plain_args(args: Any) -> dict[str, Any]:
 def layout_from_args(args: Mapping[str, Any], origin: str) -> Layout:
     """The layout a checkpoint was saved in."""
     tensor, pipeline = (_whole(args, f"{name}_model_parallel_size", origin) for name in ("tensor", "pipeline"))
+    num_layers = _whole(args, "num_layers", origin)
+    if args.get("pipeline_model_parallel_layout"):
+        raise ConfigError(f"{origin}: saved with pipeline_model_parallel_layout "
+                          f"{str(args['pipeline_model_parallel_layout'])[:60]!r}, which this program does not read; "
+                          "save it with the same number of layers in every stage.")
+    names = ("num_layer_list", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    layer_list, first, last = (args.get(name) for name in names)
+    if isinstance(layer_list, (list, tuple)):
+        layer_list = ",".join(map(str, layer_list))
+    if layer_list:
+        first = last = None
+    try:
+        layers = stage_layers(num_layers, pipeline, layer_list=layer_list or None, first=first, last=last, prefix="")
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: the saved args have {error}") from error
     chunks = args.get("virtual_pipeline_model_parallel_size")
     if not chunks and args.get("num_layers_per_virtual_pipeline_stage"):
-        chunks = _whole(args, "num_layers", origin) // pipeline // args["num_layers_per_virtual_pipeline_stage"]
+        chunks = num_layers // pipeline // args["num_layers_per_virtual_pipeline_stage"]
+    if layers is not None:
+        return Layout.of_stages(tensor, layers, int(chunks or 1))
     return Layout(tensor, pipeline, int(chunks or 1))
+
+
+def unstated_fields(args: Mapping[str, Any]) -> set[str]:
+    """Fields of the architecture that the args do not say, so that only a config.json knows them."""
+    wanted = {"rope_theta": "rotary_base", "rms_norm_eps": "norm_epsilon"}
+    return {field for field, name in wanted.items() if args.get(name) is None}
 
 
 def model_from_args(args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str) -> ModelConfig:
@@ -129,8 +159,8 @@ def model_from_args(args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         num_query_groups=_whole(args, "num_query_groups", origin) if args.get("group_query_attention") else heads,
         vocab_size=real_vocab_size(args, padded) or padded,
         tie_word_embeddings=not args.get("untie_embeddings_and_output_weights", False),
-        rope_theta=float(args.get("rotary_base", 10000)),
-        rms_norm_eps=float(args.get("norm_epsilon", 1e-5)),
+        rope_theta=float(args.get("rotary_base") or 10000),
+        rms_norm_eps=float(args.get("norm_epsilon") or 1e-5),
         add_qkv_bias=bool(args.get("add_qkv_bias", f"{first}self_attention.linear_qkv.bias" in shapes)),
         max_position_embeddings=int(args.get("max_position_embeddings") or 32768),
         initializer_range=float(args.get("init_method_std") or 0.02),

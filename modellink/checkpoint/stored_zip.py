@@ -15,6 +15,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from modellink.checkpoint.checksums import FileSum, combine
 from modellink.checkpoint.streams import write_blocks_checked, write_views
 
 ALIGNMENT = 64  # bytes, as torch aligns its records
@@ -37,7 +38,13 @@ class _Entry:
 
 
 class StoredZip:
-    """Writes entries `prefix/name`; leave the `with` block to write the directory."""
+    """Writes entries `prefix/name`; leave the `with` block to write the directory.
+
+    Attributes:
+        sum: size and CRC-32 of the whole file, once the directory is written.
+    """
+
+    sum = FileSum(0, 0)
 
     def __init__(self, path: Path, prefix: str = "archive"):
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
@@ -69,7 +76,10 @@ class StoredZip:
             written, entry.crc = write_blocks_checked(self._file.fileno(), blocks, self._pool)
         if written != size:
             raise RuntimeError(f"{self._file.name}: {name} has {written} bytes instead of {size}")
-        os.pwrite(self._file.fileno(), self._local_header(entry), entry.offset)  # now with the checksum
+        header = self._local_header(entry)  # now with the checksum
+        os.pwrite(self._file.fileno(), header, entry.offset)
+        self._count(header)
+        self.sum = FileSum(self.sum.size + size, combine(self.sum.crc32, entry.crc, size))
         self._entries.append(entry)
 
     def _write(self, content: bytes) -> int:
@@ -93,6 +103,10 @@ class StoredZip:
         content += struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), size,
                                _short(start), 0)
         self._write(content)
+        self._count(content)
+
+    def _count(self, content: bytes) -> None:
+        self.sum = FileSum(self.sum.size + len(content), zlib.crc32(content, self.sum.crc32))
 
     def _central_header(self, entry: _Entry) -> bytes:
         wide = [value for value in (entry.size, entry.size, entry.offset) if value >= WIDE_FROM]

@@ -44,14 +44,13 @@ def write_views(descriptor: int, views: list[memoryview]) -> int:
     return total
 
 
-def write_blocks(descriptor: int, blocks: Iterable[Tensor]) -> int:
-    """Write tensors one after another; returns the bytes."""
-    return sum(write_views(descriptor, views) for views in batches(blocks))
+def write_blocks_checked(descriptor: int, blocks: Iterable[Tensor], pool: Executor, crc: int = 0) -> tuple[int, int]:
+    """Write tensors one after another; the CRC-32 of the bytes is computed in `pool` while the system writes.
 
-
-def write_blocks_checked(descriptor: int, blocks: Iterable[Tensor], pool: Executor) -> tuple[int, int]:
-    """The same with the CRC-32 of the bytes, computed in `pool` while the system writes; returns (bytes, crc)."""
-    crc = size = 0
+    Returns:
+        Bytes written, and the checksum continued from `crc`.
+    """
+    size = 0
     for views in batches(blocks):
         checksum = pool.submit(_crc, views, crc)
         try:

@@ -2,19 +2,26 @@
 
 import argparse
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modellink.checkpoint.checksums import Sums
 from modellink.checkpoint.chunks import LazyTensor, Source, chunk_tensors
 from modellink.checkpoint.folders import RANK_FILE, rank_folder_name
 from modellink.checkpoint.layout import Layout
-from modellink.checkpoint.rank_file import write_rank_file
+from modellink.checkpoint.megatron import MegatronCheckpoint
+from modellink.checkpoint.names import LOCAL, to_disk
+from modellink.checkpoint.rank_file import OBJECTS_EXPECTED_IN, write_rank_file
 from modellink.config.model import ModelConfig
 
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's: the packing of query, key and value by groups
+OPTIMIZER_FILE = "distrib_optim.pt"
 
 
 def rank_states(source: Source, layout: Layout, stage: int, *, model: ModelConfig, padded_vocab_size: int,
@@ -40,25 +47,64 @@ def total_bytes(source: Source, layout: Layout, *, model: ModelConfig, padded_vo
                for chunk in state.values() for tensor in chunk.values())
 
 
-def write_checkpoint(folder: Path, source: Source, layout: Layout, *, model: ModelConfig, padded_vocab_size: int,
-                     dtype: torch.dtype | None, args: argparse.Namespace, iteration: int) -> Iterator[int]:
-    """Write every rank file into the iteration folder `folder`; yields the bytes written as it goes.
+@dataclass(frozen=True)
+class CheckpointJob:
+    """Everything that decides the rank files of a checkpoint, but the source; it travels to worker processes.
 
-    The rank files of a stage advance together, so that each tensor of the source is read from disk once.
+    Attributes:
+        folder: the iteration folder.
+        dtype: cast to this dtype; None keeps each tensor's own.
+        args: what the files say of themselves.
+        names: spelling of the tensors, see `names`.
+        keep_training_state: take optimizer, schedule and random states over from a source of the same layout.
     """
-    common: dict[str, Any] = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration,
-                              "num_floating_point_operations_so_far": 0}
-    for stage in range(layout.pipeline):
-        states = rank_states(source, layout, stage, model=model, padded_vocab_size=padded_vocab_size, dtype=dtype)
-        files: list[Generator[int, None, None]] = []
-        for tensor_rank, chunks in enumerate(states):
-            path = folder / rank_folder_name(layout, tensor_rank, stage) / RANK_FILE
-            path.parent.mkdir(parents=True)
-            files.append(write_rank_file(path, {**common, **chunks}))
-        try:
-            for sizes in zip(*files, strict=True):
-                yield sum(sizes)
-        finally:
-            for file in files:
-                with contextlib.suppress(OSError):  # on a full disk every file fails to close
-                    file.close()
+
+    folder: Path
+    layout: Layout
+    model: ModelConfig
+    padded_vocab_size: int
+    dtype: torch.dtype | None
+    args: argparse.Namespace
+    iteration: int
+    names: str = LOCAL
+    keep_training_state: bool = False
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Every (stage, tensor rank)."""
+        return [(stage, rank) for stage in range(self.layout.pipeline) for rank in range(self.layout.tensor)]
+
+    def write(self, source: Source, parts: Sequence[tuple[int, int]], sums: Sums) -> Iterator[int]:
+        """Write the rank files of `parts`; yields the bytes written as it goes and notes checksums in `sums`.
+
+        The rank files of a stage advance together, so that each tensor of the source is read from disk once.
+        """
+        for stage, group in groupby(parts, key=lambda part: part[0]):
+            states = rank_states(source, self.layout, stage, model=self.model, dtype=self.dtype,
+                                 padded_vocab_size=self.padded_vocab_size)
+            files: list[Generator[int, None, None]] = []
+            for _, rank in group:
+                path = self.folder / rank_folder_name(self.layout, rank, stage) / RANK_FILE
+                path.parent.mkdir(parents=True)
+                files.append(write_rank_file(path, self._state(source, stage, rank, states[rank]),
+                                             partial(sums.__setitem__, str(path.relative_to(self.folder)))))
+            try:
+                for sizes in zip_longest(*files, fillvalue=0):
+                    yield sum(sizes)
+            finally:
+                for file in files:
+                    with contextlib.suppress(OSError):  # on a full disk every file fails to close
+                        file.close()
+
+    def _state(self, source: Source, stage: int, rank: int, chunks: dict[str, dict[str, LazyTensor]]) -> dict[str, Any]:
+        tied = self.model.tie_word_embeddings
+        state: dict[str, Any] = {
+            "args": self.args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": self.iteration,
+            "num_floating_point_operations_so_far": 0,
+            **{key: to_disk(tensors, self.names, tied=tied) for key, tensors in chunks.items()}}
+        if self.keep_training_state:
+            assert isinstance(source, MegatronCheckpoint)
+            kept = source.rank_state(rank, stage)
+            state.update({key: value for key, value in kept.items()
+                          if key not in OBJECTS_EXPECTED_IN and not key.startswith("model")})
+        return state

@@ -122,9 +122,9 @@ def _compare_bases(place: str, config: AdapterConfig, weights: Weights | None, m
                      "with --load.")
     elif weights is not None and config.base_checksum:
         from modellink.checkpoint.adapter_config import base_checksum
-        from modellink.checkpoint.megatron import open_megatron  # imports torch
+        from modellink.checkpoint.sources import open_any  # imports torch
 
-        found = problems.catch(lambda: base_checksum(open_megatron(Path(weights.folder))))
+        found = problems.catch(lambda: base_checksum(open_any(Path(weights.folder))))
         if isinstance(found, str) and found != config.base_checksum:
             problems.add(f"{place}: its adapters belong to another base than --load {weights.folder} (checksum "
                          f"{config.base_checksum[:12]} instead of {found[:12]}); give the base they were trained on.")

@@ -48,7 +48,7 @@ def check_sequence(model: ModelConfig, settings: Settings, dims: ParallelDims, p
 def check_recompute_layers(model: ModelConfig, settings: Settings, dims: ParallelDims, problems: ProblemList) -> None:
     """A recomputed unit cannot be larger than what one rank runs at a time."""
     layers = settings.train.recompute_num_layers
-    in_chunk = model.num_layers // (dims.pipeline * dims.chunks)
+    in_chunk = min(dims.chunk_layers(model.num_layers, stage) for stage in range(dims.pipeline))
     if settings.train.recompute_granularity == "full" and layers is not None and layers > in_chunk:
         problems.add(f"--recompute-num-layers {layers} is more than the {in_chunk} layers that a model chunk holds: "
                      f"use at most {in_chunk}.")

@@ -38,7 +38,7 @@ RULES: dict[str, dict[str, Rule]] = {
                   "weight_decay": _AT_LEAST_0, "adam_beta1": _SHARE, "adam_beta2": _SHARE, "adam_eps": _ABOVE_0,
                   "clip_grad": _AT_LEAST_0},
     "data": {"num_workers": _AT_LEAST_0, "pad_to_multiple_of": _AT_LEAST_1},
-    "checkpoint": {"save_interval": _AT_LEAST_1},
+    "checkpoint": {"save_interval": _AT_LEAST_1, "save_hf_interval": _AT_LEAST_1},
     "logging": {"log_interval": _AT_LEAST_1},
     "post": {"dpo_beta": _ABOVE_0, "dpo_label_smoothing": (lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")},
     "lora": {"lora_r": _AT_LEAST_1, "lora_alpha": _ABOVE_0, "lora_dropout": _SHARE},
@@ -122,6 +122,9 @@ def _check_needed(settings: Settings, problems: ProblemList) -> None:
     checkpoint = settings.checkpoint
     if checkpoint.save_interval is not None and checkpoint.save is None:
         problems.add(f"--save-interval {checkpoint.save_interval} without --save: name the folder to save to.")
+    if checkpoint.save_hf_interval is not None and checkpoint.save_hf is None:
+        problems.add(f"--save-hf-interval {checkpoint.save_hf_interval} without --save-hf: name the folder to "
+                     "export to.")
 
 
 def _check_recompute(settings: Settings, problems: ProblemList) -> None:

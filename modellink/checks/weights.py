@@ -48,12 +48,12 @@ def find_weights(settings: Settings, program: Program) -> Weights | None:
             raise ConfigError("--load is missing: give the checkpoint folder to generate from.")
         return None
     folder = Path(load)
+    if not has_checkpoint(folder) and (folder / "config.json").is_file():
+        return Weights(load, _open_hf(folder).model, Layout(), has_optimizer=False)
     if not has_checkpoint(folder):
         save = settings.checkpoint.save
         if program == "train" and save is not None and folder.resolve() == Path(save).resolve():
             return None  # a run that has not saved yet
-    if program == "generate" and not has_checkpoint(folder) and (folder / "config.json").is_file():
-        return Weights(load, _open_hf(folder).model, Layout(), has_optimizer=False)
     found = _open(folder)
     model = found.model
     rows = _stated_rows(settings)
@@ -100,11 +100,12 @@ def check_resume(settings: Settings, weights: Weights, dims: ParallelDims, probl
     """Optimizer state can only be continued in the layout it was written in."""
     if not resumes_optimizer(settings, weights):
         return
-    have = (weights.layout.tensor, weights.layout.pipeline, weights.layout.chunks)
-    want = (dims.tensor, dims.pipeline, dims.chunks)
+    have, want = weights.layout, Layout(dims.tensor, dims.pipeline, dims.chunks, dims.stage_layers)
     if have != want:
-        names = [f"TP{tensor} PP{pipeline} with {chunks} model chunk{'s' if chunks > 1 else ''} a stage"
-                 for tensor, pipeline, chunks in (have, want)]
+        names = [f"TP{layout.tensor} PP{layout.pipeline} with {layout.chunks} model "
+                 f"chunk{'s' if layout.chunks > 1 else ''} a stage"
+                 + (f" and {','.join(map(str, layout.stage_layers))} layers" if layout.stage_layers else "")
+                 for layout in (have, want)]
         problems.add(f"--load {weights.folder}: its optimizer state is of layout {names[0]}, but this run has "
                      f"{names[1]}: use the same layout, or start anew from the weights with --finetune or "
                      "--no-load-optim.")

@@ -58,6 +58,12 @@ class ParallelSettings:
     pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers in each model chunk of the interleaved pipeline (VPP)", type=int)
+    num_layer_list: str | None = flag(
+        None, "layers of every pipeline stage, for example 2,3,3 (default: all the same)", metavar="N,N,...")
+    decoder_first_pipeline_num_layers: int | None = flag(
+        None, "layers of the first pipeline stage; the others share the rest evenly", type=int)
+    decoder_last_pipeline_num_layers: int | None = flag(
+        None, "layers of the last pipeline stage; the others share the rest evenly", type=int)
     sequence_parallel: bool = flag(False, "split norms and dropout along the sequence; has no effect with TP 1")
     use_distributed_optimizer: bool = flag(False, "shard optimizer state over data parallel ranks")
     overlap_grad_reduce: bool = flag(False, "reduce gradients while the backward pass still runs")
@@ -172,9 +178,12 @@ class DataSettings:
 class CheckpointSettings:
     """Checkpoints."""
 
-    load: str | None = flag(None, "checkpoint folder to start from")
+    load: str | None = flag(None, "checkpoint folder, of any layout, or HF folder to start from")
     save: str | None = flag(None, "checkpoint folder to write")
     save_interval: int | None = flag(None, "steps between checkpoints (the last step is always saved)", type=int)
+    save_hf: str | None = flag(
+        None, "folder for HF exports; each is a whole HF model in a folder of its own, iter_ with the step")
+    save_hf_interval: int | None = flag(None, "steps between HF exports (the last step is always exported)", type=int)
     load_optim: bool = flag(True, "load optimizer state")
     load_rng: bool = flag(True, "load random states")
     save_optim: bool = flag(True, "save optimizer state")

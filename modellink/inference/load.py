@@ -9,22 +9,13 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from modellink.checkpoint.chunks import Source
-from modellink.checkpoint.folders import has_checkpoint
-from modellink.checkpoint.hf import open_hf
 from modellink.checkpoint.layout import Layout
 from modellink.checkpoint.load_model import load_model
-from modellink.checkpoint.megatron import open_megatron
+from modellink.checkpoint.sources import open_any
 from modellink.device.base import Device
 from modellink.inference.engine import Engine
 from modellink.models.build import DTYPES, build_chunks, transformer_config
 from modellink.models.run import Run
-
-
-def open_weights(folder: Path) -> Source:
-    """A Megatron checkpoint of any layout, or a HF folder."""
-    if not has_checkpoint(folder) and (folder / "config.json").is_file():
-        return open_hf(folder)
-    return open_megatron(folder)
 
 
 def for_generation(run: Run, source: Source) -> Run:
@@ -41,14 +32,14 @@ def for_generation(run: Run, source: Source) -> Run:
 def load_engine(run: Run, device: Device) -> Engine:
     """Build this rank's part of the model, fill it from `--load` and put an engine around it."""
     assert run.settings.checkpoint.load is not None, "prepare_run asks for --load"
-    source = open_weights(Path(run.settings.checkpoint.load))
+    source = open_any(Path(run.settings.checkpoint.load))
     run = for_generation(run, source)
     # random weights would be overwritten at once
     chunks = build_chunks(run, transformer_config(run, device.name, perform_initialization=False))
     current = device.current()
     for chunk in chunks:
         chunk.to(current)
-    load_model(chunks, source, Layout(run.dims.tensor, run.dims.pipeline),
+    load_model(chunks, source, Layout(run.dims.tensor, run.dims.pipeline, 1, run.dims.stage_layers),
                parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
                padded_vocab_size=run.padded_vocab_size)
     return Engine(chunks, run, current)

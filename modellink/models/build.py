@@ -46,6 +46,7 @@ def transformer_config(run: Run, device_name: str, **changes: Any) -> Transforme
         "tensor_model_parallel_size": dims.tensor,
         "pipeline_model_parallel_size": dims.pipeline,
         "virtual_pipeline_model_parallel_size": dims.chunks if interleaved else None,
+        "pipeline_model_parallel_layout": stage_lists(dims.stage_layers) if dims.stage_layers else None,
         "sequence_parallel": dims.sequence_parallel,
         # With two stages both pipeline neighbours are the same rank; unless each message is sent on its own, batched
         # messages of an interleaved schedule cross silently. No flag selects another pair.
@@ -75,13 +76,21 @@ def transformer_config(run: Run, device_name: str, **changes: Any) -> Transforme
     return TransformerConfig(**values)
 
 
+def stage_lists(stage_layers: tuple[int, ...]) -> list[list[str]]:
+    """Uneven stages in megatron-core's words: what each stage holds, in order."""
+    stages = [["decoder"] * size for size in stage_layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
 def build_chunks(run: Run, config: TransformerConfig) -> list[QwenModel]:
     """The model chunks of this rank (one, or one for each virtual stage), on the CPU or the current device.
 
     A run with a LoRA plan gets its adapters here, and everything else frozen.
     """
     model, dims = run.model, run.dims
-    layers = model.num_layers // (dims.pipeline * dims.chunks)
+    layers = dims.chunk_layers(model.num_layers, parallel_state.get_pipeline_model_parallel_rank())
     chunks = []
     for chunk in range(dims.chunks):
         stage = {"ignore_virtual": False, "vp_stage": chunk} if dims.chunks > 1 else {}

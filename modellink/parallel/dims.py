@@ -14,6 +14,7 @@ class ParallelDims:
         pipeline: pipeline stages.
         chunks: model chunks on each pipeline stage (1 = not interleaved).
         data: data parallel replicas.
+        stage_layers: layers of each pipeline stage where they differ; None when all have the same number.
         sequence_parallel: activations outside the tensor parallel linears are split along the sequence.
     """
 
@@ -22,15 +23,23 @@ class ParallelDims:
     chunks: int = 1
     data: int = 1
     sequence_parallel: bool = False
+    stage_layers: tuple[int, ...] | None = None
 
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.data
 
+    def chunk_layers(self, num_layers: int, stage: int) -> int:
+        """Layers in each model chunk of a pipeline stage."""
+        if self.stage_layers is not None:
+            return self.stage_layers[stage] // self.chunks
+        return num_layers // (self.pipeline * self.chunks)
+
     @classmethod
     def from_world_size(cls, world_size: int, *, tensor: int, pipeline: int, num_layers: int,
-                        layers_per_chunk: int | None, sequence_parallel: bool) -> "ParallelDims":
-        """Derive the data parallel degree and the number of chunks.
+                        layers_per_chunk: int | None, sequence_parallel: bool,
+                        stage_layers: tuple[int, ...] | None = None) -> "ParallelDims":
+        """Derive the data parallel degree and the number of chunks; `stage_layers` is already checked.
 
         Raises:
             ConfigError: every broken divisibility, one sentence each.
@@ -45,9 +54,14 @@ class ParallelDims:
             problems.append(f"world size {world_size} is not divisible by tensor {tensor} x pipeline {pipeline} = "
                             f"{tensor * pipeline}: start a multiple of {tensor * pipeline} ranks or lower "
                             "--tensor-model-parallel-size or --pipeline-model-parallel-size.")
-        if num_layers % pipeline:
+        if stage_layers is not None and len(set(stage_layers)) == 1:
+            stage_layers = None
+        if stage_layers is not None and layers_per_chunk is not None:
+            problems.append(f"--num-layers-per-virtual-pipeline-stage {layers_per_chunk}: interleaving needs the same "
+                            "number of layers in every stage; leave it out, or the flags of uneven stages.")
+        if num_layers % pipeline and stage_layers is None:
             problems.append(f"{num_layers} layers are not divisible by --pipeline-model-parallel-size {pipeline}: "
-                            "every stage needs the same number of layers; choose a divisor.")
+                            "every stage needs the same number of layers; choose a divisor or give --num-layer-list.")
         chunks = 1
         if layers_per_chunk is not None and num_layers % pipeline == 0:
             per_stage = num_layers // pipeline
@@ -62,4 +76,4 @@ class ParallelDims:
         if problems:
             raise ConfigError(problems)
         return cls(tensor=tensor, pipeline=pipeline, chunks=chunks, data=world_size // (tensor * pipeline),
-                   sequence_parallel=sequence_parallel and tensor > 1)
+                   sequence_parallel=sequence_parallel and tensor > 1, stage_layers=stage_layers)

@@ -80,11 +80,12 @@ def layer_parameters(run: Run) -> int:
 def chunk_plans(run: Run, stage: int) -> tuple[ChunkPlan, ...]:
     """The model chunks of a pipeline stage, in megatron-core's order: chunk c holds every PP-th group of layers."""
     dims, model = run.dims, run.model
-    size = model.num_layers // (dims.pipeline * dims.chunks)
+    size = dims.chunk_layers(model.num_layers, stage)
+    before = sum(dims.stage_layers[:stage]) if dims.stage_layers else stage * size
     table = run.padded_vocab_size // dims.tensor * model.hidden_size
     plans = []
     for chunk in range(dims.chunks):
-        start = (chunk * dims.pipeline + stage) * size
+        start = chunk * dims.pipeline * size + before
         first = stage == 0 and chunk == 0
         last = stage == dims.pipeline - 1 and chunk == dims.chunks - 1
         parameters = size * layer_parameters(run)
@@ -139,7 +140,7 @@ def chunks_in_flight(run: Run, stage: int) -> int:
 def activation_bytes(run: Run, stage: int) -> int:
     """Bytes of activations at the peak of one rank of a stage."""
     model, dims, train = run.model, run.dims, run.settings.train
-    layers = model.num_layers // (dims.pipeline * dims.chunks)
+    layers = dims.chunk_layers(model.num_layers, stage)
     whole = activation_bytes_per_layer(run)
     in_flight = chunks_in_flight(run, stage)
     tokens = run.seq_length * train.micro_batch_size

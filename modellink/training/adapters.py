@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 
 from modellink.checkpoint.adapter_config import base_checksum, has_adapters
 from modellink.checkpoint.adapters import AdapterCheckpoint
-from modellink.checkpoint.megatron import open_megatron
+from modellink.checkpoint.sources import open_any
 from modellink.lora.inject import initialise_magnitudes
 from modellink.parallel.groups import Rank
 from modellink.training.state import TrainState, load_weights, resume_from
@@ -20,7 +20,7 @@ def start_adapters(state: TrainState) -> str:
     load, save, adapters = settings.checkpoint.load, settings.checkpoint.save, settings.lora.lora_load
     base = "random weights"
     if load is not None:
-        source = open_megatron(Path(load))
+        source = open_any(Path(load))
         load_weights(state, source)
         base = f"weights of {load}"
         if Rank.from_environment().local_rank == 0:  # it writes adapter_config.json on its node

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from modellink.checkpoint.folders import has_checkpoint
+from modellink.checkpoint.sources import holds_weights
 from modellink.device.base import Device
 from modellink.models.build import build_chunks, transformer_config
 from modellink.models.run import Run
@@ -17,6 +17,7 @@ from modellink.training.adapters import start_adapters
 from modellink.training.batches import BatchSizes, MicrobatchReader
 from modellink.training.data import load_data
 from modellink.training.faults import StopRequest
+from modellink.training.hf_export import save_hf
 from modellink.training.metrics import Metrics
 from modellink.training.optimizer import (
     build_optimizer,
@@ -119,7 +120,7 @@ def train(run: Run, device: Device) -> None:
     line = None
     if run.lora is not None:
         line = start_adapters(state)
-    elif settings.checkpoint.load is not None and has_checkpoint(Path(settings.checkpoint.load)):
+    elif settings.checkpoint.load is not None and holds_weights(Path(settings.checkpoint.load)):
         line = load(state, Path(settings.checkpoint.load))
     if line is not None and rank_zero:
         print(line, flush=True)
@@ -156,6 +157,7 @@ def train(run: Run, device: Device) -> None:
             saved_at = step
             if rank_zero:
                 print(f"saved step {step} to {settings.checkpoint.save}", flush=True)
+        _export(state, last=bool(reason) or step == total)
         if reason:
             if rank_zero:
                 print(f"stopped after step {step}: {reason}"
@@ -168,6 +170,16 @@ def train(run: Run, device: Device) -> None:
                 metrics.evaluation("test", loss, step=progress.step)
     if metrics is not None:
         metrics.close()
+
+
+def _export(state: TrainState, *, last: bool) -> None:
+    """`--save-hf` after the steps it is due."""
+    options, step = state.run.settings.checkpoint, state.progress.step
+    interval = options.save_hf_interval
+    if options.save_hf is not None and (last or (interval is not None and step % interval == 0)):
+        target = save_hf(state, Path(options.save_hf))
+        if dist.get_rank() == 0:
+            print(f"exported step {step} to {target}", flush=True)
 
 
 def _exit_reason(flags: list[int], exit_interval: int | None, step: int) -> str | None:

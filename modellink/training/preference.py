@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from modellink.checkpoint.load_model import load_model
-from modellink.checkpoint.megatron import open_megatron
+from modellink.checkpoint.sources import open_any
 from modellink.config.settings import PosttrainSettings
 from modellink.data.collate import Batch
 from modellink.lora.adapters import AdaptedLinear
@@ -110,7 +110,7 @@ def preference_objective(state: TrainState) -> "PreferenceObjective":
     chunks = [chunk.to(state.device.current()).eval() for chunk in build_chunks(run, config)]
     folder = run.settings.post.ref_load or run.settings.checkpoint.load
     assert folder is not None  # checked before the ranks started
-    load_model(chunks, open_megatron(Path(folder)), state.layout, parallel_state.get_tensor_model_parallel_rank(),
+    load_model(chunks, open_any(Path(folder)), state.layout, parallel_state.get_tensor_model_parallel_rank(),
                parallel_state.get_pipeline_model_parallel_rank(), padded_vocab_size=run.padded_vocab_size)
     for chunk in chunks:
         chunk.requires_grad_(False)

@@ -16,11 +16,12 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from modellink.checkpoint.adapter_config import AdapterConfig, shape_of
 from modellink.checkpoint.companions import keep_companions
 from modellink.checkpoint.folders import find_checkpoint, iteration_folder_name, rank_folder_name, write_tracker
+from modellink.checkpoint.hf import HFFolder
 from modellink.checkpoint.layout import Layout
 from modellink.checkpoint.load_model import load_model
-from modellink.checkpoint.megatron import open_megatron
 from modellink.checkpoint.rank_file import load_rank_file, save_rank_file
 from modellink.checkpoint.saved_args import saved_args
+from modellink.checkpoint.sources import open_any
 from modellink.config import ConfigError
 from modellink.config.files import disk_error, remove
 from modellink.device.base import Device
@@ -58,7 +59,8 @@ class TrainState:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.run.dims.tensor, self.run.dims.pipeline, self.run.dims.chunks)
+        dims = self.run.dims
+        return Layout(dims.tensor, dims.pipeline, dims.chunks, dims.stage_layers)
 
     @property
     def rank_folder(self) -> str:
@@ -177,7 +179,10 @@ def load(state: TrainState, folder: Path) -> str:
     Optimizer state needs the same layout (checked before the ranks started); weights alone may come from any layout.
     """
     settings = state.run.settings
-    source = open_megatron(folder)
+    source = open_any(folder)
+    if isinstance(source, HFFolder):
+        load_weights(state, source)
+        return f"loaded weights of {folder} (HF) into {state.layout}: starting at step 0"
     resume = source.has_optimizer and settings.checkpoint.load_optim and not settings.train.finetune
     if not resume:
         load_weights(state, source)
