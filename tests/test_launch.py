@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from modellink.cli import VERBS
 from modellink.config import ConfigError
 from modellink.launch.options import LaunchOptions, parse_job
 from modellink.launch.preflight import check_job, program_of
@@ -266,4 +267,4 @@ def test_unknown_verbs_are_one_sentence() -> None:
     result = subprocess.run([sys.executable, "-m", "modellink.cli", "lunch"], env=environment(), capture_output=True,
                             text=True)
     assert result.returncode == 2
-    assert result.stderr == "error: modellink: unknown verb lunch; choose one of launch, doctor.\n"
+    assert result.stderr == f"error: modellink: unknown verb lunch; choose one of {', '.join(VERBS)}.\n"

@@ -130,8 +130,6 @@ WRONG: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
     "folder without a checkpoint": (f"{BOOK} --load @/empty --save @/new", 1, "train", (
         "--load", "empty: no Megatron checkpoint")),
     "checkpoint one folder deeper": (f"{BOOK} --load @/other", 1, "train", ("--load", "give", "/other/mg")),
-    "HF folder instead of a checkpoint": (f"{BOOK} --load @/hf", 1, "train", (
-        "--load", "HF model", "convert it first")),
     "checkpoint of another architecture": (f"{BOOK} --load @/other/mg", 1, "train", (
         "--model: num_layers is 4", "but 2 in the weights", "other/mg")),
     "flag against the checkpoint": (f"{BOOK} --load @/mg --norm-epsilon 1e-5", 1, "train", (
