@@ -1,6 +1,6 @@
 """Converter against `cp`: time for the same bytes, and peak anonymous memory of the process tree.
 
-    python benchmarks/convert.py [--rounds 3] [--layers 24] [--output FILE] [--work-dir DIR]
+    python benchmarks/convert.py [--shape 0.5b|1.8b|7b] [--rounds 3] [--layers N] [--workers N] [--transformers]
 
 Every round times, after a sync and in the same order, `cp` of the weights and each conversion as a process of its own,
 into files in the page cache; the table shows the fastest round of each: the whole process (interpreter and imports
@@ -32,10 +32,12 @@ from modellink.config import run_command  # noqa: E402
 from modellink.config.fields import flag  # noqa: E402
 from modellink.config.model import ModelConfig  # noqa: E402
 from modellink.config.parser import parse_sections  # noqa: E402
+from modellink.models.presets.qwen15 import PRESETS  # noqa: E402
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "checkpoint" / "convert_ckpt.py"
 RESULTS = Path(__file__).resolve().parent / "results"
 POLL_SECONDS = 0.005
+TOUCH_AT_MOST = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,16 @@ class BenchmarkFlags:
     """What to measure."""
 
     rounds: int = flag(3, "rounds; the fastest of each counts")
-    layers: int = flag(24, "layers of the 0.5B shape; fewer for a quick look")
+    shape: str = flag("0.5b", "shape of the random weights", choices=["0.5b", "1.8b", "7b"])
+    layers: int | None = flag(None, "layers, fewer for a quick look (default: the shape's)", type=int)
+    workers: int = flag(1, "processes of the converter")
+    transformers: bool = flag(False, "also measure transformers' from_pretrained and save_pretrained")
     work_dir: str | None = flag(None, "folder for the weights, on the disk to measure (default: a temporary one)")
-    output: str | None = flag(None, "JSON file of the result (default: benchmarks/results/convert.json)")
+    output: str | None = flag(None, "JSON file of the result (default: benchmarks/results/convert-SHAPE.json)")
 
 
-def random_weights(folder: Path, layers: int) -> int:
-    """Write a random bf16 model of the 0.5B shape; returns its bytes."""
-    model = ModelConfig(num_layers=layers, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16,
-                        num_query_groups=16, vocab_size=151936, tie_word_embeddings=True)
+def random_weights(folder: Path, model: ModelConfig) -> int:
+    """Write a random bf16 model; returns its bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model.to_hf()))
 
@@ -124,31 +127,44 @@ def measure(command: Sequence[str | Path], touched: int) -> Measured:
     return Measured(seconds, synced, float(reported[1]) if reported else seconds, peak)
 
 
-def conversions(folder: Path) -> dict[str, list[str | Path]]:
+REWRITE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
+"""
+
+
+def conversions(folder: Path, flags: BenchmarkFlags) -> dict[str, list[str | Path]]:
     """The measured commands; each writes a new folder below `folder`, in an order in which sources exist."""
-    base: list[str | Path] = [sys.executable, TOOL]
+    base: list[str | Path] = [sys.executable, TOOL, "--workers", str(flags.workers)]
+    rewrite: list[str | Path] = [sys.executable, "-c", REWRITE, folder / "hf", folder / "out-rewritten"]
     cut = ["--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2"]
     return {
-        "cp": ["cp", folder / "hf" / "model.safetensors", folder / "out-cp"],
+        "cp": ["cp", "-r", folder / "hf", folder / "out-cp"],
         "HF -> TP1": [*base, "--from", "hf", "--load-dir", folder / "hf", "--save-dir", folder / "out-tp1"],
         "TP1 -> HF": [*base, "--to", "hf", "--load-dir", folder / "out-tp1", "--save-dir", folder / "out-hf1"],
         "HF -> TP2 PP2": [*base, "--from", "hf", "--load-dir", folder / "hf", "--save-dir", folder / "out-tp2", *cut],
         "TP2 PP2 -> HF": [*base, "--to", "hf", "--load-dir", folder / "out-tp2", "--save-dir", folder / "out-hf2"],
+        **({"transformers": rewrite} if flags.transformers else {}),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     (flags,), _ = parse_sections("convert.py", "Measure the converter.", [BenchmarkFlags], argv)
+    model = PRESETS[f"qwen15-{flags.shape}"]
+    model = dataclasses.replace(model, num_layers=flags.layers or model.num_layers)
     folder = Path(tempfile.mkdtemp(prefix="convert-", dir=flags.work_dir))
     try:
-        total = random_weights(folder / "hf", flags.layers)
+        total = random_weights(folder / "hf", model)
         runs: dict[str, list[Measured]] = {
-            "import torch": [measure([sys.executable, "-c", "import torch, safetensors"], total)]}
+            "import torch": [measure([sys.executable, "-c", "import torch, safetensors"], 1 << 30)]}
         for _ in range(flags.rounds):
-            for name, command in conversions(folder).items():
-                runs.setdefault(name, []).append(measure(command, 2 * total))
+            for name, command in conversions(folder, flags).items():
+                runs.setdefault(name, []).append(measure(command, min(2 * total, TOUCH_AT_MOST)))
+                for done in ("out-cp", "out-hf1", "out-hf2", "out-rewritten"):  # nothing reads them; disks are small
+                    shutil.rmtree(folder / done, ignore_errors=True)
             for path in folder.glob("out-*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path)
     finally:
         shutil.rmtree(folder)
     best = {name: Measured(min(run.seconds for run in rounds), min(run.synced for run in rounds),
@@ -164,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"bytes": total, "flags": dataclasses.asdict(flags), "torch": torch.__version__,
               "best": {name: dataclasses.asdict(run) for name, run in best.items()},
               "runs": {name: [dataclasses.asdict(run) for run in rounds] for name, rounds in runs.items()}}
-    output = Path(flags.output) if flags.output else RESULTS / "convert.json"
+    output = Path(flags.output) if flags.output else RESULTS / f"convert-{flags.shape}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
     return 0

@@ -126,6 +126,7 @@ def test_the_optimizer_of_uneven_stages_needs_the_same_stages(base: Path) -> Non
     (["--num-layer-list", "1,3", "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage",
       "1"], "interleaving needs the same number of layers"),
     (["--save-hf-interval", "3"], "--save-hf-interval 3 without --save-hf"),
+    (["--save-hf", "out", "--lora-target-modules", "dense"], "--save-hf out with --lora-target-modules"),
 ])
 def test_wrong_flags(tmp_path: Path, words: list[str], message: str) -> None:
     save_tiny(tmp_path / "hf")

@@ -125,6 +125,10 @@ def _check_needed(settings: Settings, problems: ProblemList) -> None:
     if checkpoint.save_hf_interval is not None and checkpoint.save_hf is None:
         problems.add(f"--save-hf-interval {checkpoint.save_hf_interval} without --save-hf: name the folder to "
                      "export to.")
+    adapters = [name for name in ("lora_target_modules", "lora_load") if name in settings.given]
+    if checkpoint.save_hf is not None and adapters:
+        problems.add(f"--save-hf {checkpoint.save_hf} with {flag_name(adapters[0])}: an export holds whole weights, "
+                     "but this run trains adapters; leave it out and merge them at conversion.")
 
 
 def _check_recompute(settings: Settings, problems: ProblemList) -> None:
