@@ -44,12 +44,14 @@ class _Chunk:
         spans: stretches of characters that are learnt.
         fixed: no word of the dialogue is in it, so its tokens are always the same.
         control: it is a control token.
+        head: characters of the template's own text that the chunk begins with.
     """
 
     text: str
     spans: list[Span]
     fixed: bool
     control: bool
+    head: int = 0
 
 
 def _chunks(pieces: Sequence[Piece], learnt: Sequence[bool]) -> list[_Chunk]:
@@ -65,6 +67,8 @@ def _chunks(pieces: Sequence[Piece], learnt: Sequence[bool]) -> list[_Chunk]:
         begin = len(chunk.text)
         chunk.text += text
         chunk.fixed = chunk.fixed and part in (FRAME, AFTER)
+        if chunk.fixed:
+            chunk.head = len(chunk.text)
         if learn and text:
             if chunk.spans and chunk.spans[-1][1] == begin:
                 begin = chunk.spans.pop()[0]
@@ -112,6 +116,7 @@ class ChatEncoder:
         self.template = template
         self.policy = policy
         self._fixed: dict[tuple[str, bool], list[int]] = {}
+        self._lossless = _is_byte_level(tokenizer)
 
     def encode(self, dialogues: Sequence[Dialogue]) -> list[Sample]:
         """Tokens and labels of each dialogue."""
@@ -137,41 +142,52 @@ class ChatEncoder:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # text is text, whatever it looks like
-        whole: list[str] = []
-        cut: list[str] = []
+        # offsets cost time: only texts get them that a label border runs through, but for those of one form
+        plain: list[str] = []
+        placed: list[str] = []
         for chunks in dialogues:
             for chunk in chunks:
-                if _is_cut(chunk):
-                    cut.append(chunk.text)
-                elif chunk.fixed:
-                    self._learn_fixed(chunk)
-                else:
-                    whole.append(chunk.text)
-        # offsets cost time: only texts that a label border runs through get them
-        encoded = iter(backend.encode_batch_fast(whole, add_special_tokens=False))
-        placed = iter(backend.encode_batch(cut, add_special_tokens=False))
-        return [self._assemble(chunks, encoded, placed) for chunks in dialogues]
+                if chunk.fixed and not _is_cut(chunk):
+                    continue
+                (placed if _is_cut(chunk) and not self._is_headed(chunk) else plain).append(chunk.text)
+        with_ids = iter(backend.encode_batch_fast(plain, add_special_tokens=False))
+        with_places = iter(backend.encode_batch(placed, add_special_tokens=False))
+        return [self._assemble(chunks, with_ids, with_places) for chunks in dialogues]
 
-    def _learn_fixed(self, chunk: _Chunk) -> None:
-        key = chunk.text, chunk.control
-        if key in self._fixed:
-            return
-        if chunk.control:
-            self._fixed[key] = [self._control(chunk.text)]
-        else:
-            self._fixed[key] = self.tokenizer.backend_tokenizer.encode(chunk.text, add_special_tokens=False).ids
+    def _is_headed(self, chunk: _Chunk) -> bool:
+        """Whether what is learnt is all but the template's words at the begin, as in `assistant` and its line."""
+        return self._lossless and chunk.spans == [(chunk.head, len(chunk.text))]
 
-    def _assemble(self, chunks: Sequence[_Chunk], encoded: Any, placed: Any) -> Sample:
+    def _fixed_ids(self, text: str, control: bool = False) -> list[int]:
+        """Tokens of a template's own text or of a control token."""
+        key = text, control
+        if key not in self._fixed:
+            self._fixed[key] = [self._control(text)] if control else \
+                self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return self._fixed[key]
+
+    def _spans(self, chunk: _Chunk, encoding: Any, ids: list[int]) -> list[Span]:
+        """The learnt tokens of a text that a label border runs through; `encoding` has places unless it is headed."""
+        if self._is_headed(chunk):
+            head = self._fixed_ids(chunk.text[:chunk.head])
+            # byte-level tokens spell their text: the head's own tokens in front end exactly where the head ends
+            if ids[:len(head)] == head:
+                return [(len(head), len(ids))]
+            encoding = self.tokenizer.backend_tokenizer.encode(chunk.text, add_special_tokens=False)
+        return [token_span(encoding, span, len(chunk.text)) for span in chunk.spans]
+
+    def _assemble(self, chunks: Sequence[_Chunk], with_ids: Any, with_places: Any) -> Sample:
         ids: list[int] = []
         learnt: list[Span] = []
         for chunk in chunks:
             at = len(ids)
             if _is_cut(chunk):
-                encoding = next(placed)
-                ids += encoding.ids
-                spans = [token_span(encoding, span, len(chunk.text)) for span in chunk.spans]
+                encoding = next(with_ids if self._is_headed(chunk) else with_places)
+                own = encoding.ids
+                ids += own
+                spans = self._spans(chunk, encoding, own)
             else:
-                ids += self._fixed[chunk.text, chunk.control] if chunk.fixed else next(encoded).ids
+                ids += self._fixed_ids(chunk.text, chunk.control) if chunk.fixed else next(with_ids).ids
                 spans = [(0, len(ids) - at)] if chunk.spans else []
             learnt += [(at + begin, at + end) for begin, end in spans]
         tokens = np.array(ids, np.int32)
@@ -179,6 +195,12 @@ class ChatEncoder:
         for begin, end in learnt:
             labels[begin:end] = tokens[begin:end]
         return Sample(tokens, labels)
+
+
+def _is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the bytes of the tokens, one after the other, are those of the text."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    return decoder is not None and type(decoder).__name__ == "ByteLevel"
 
 
 def _is_cut(chunk: _Chunk) -> bool:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gc
 import itertools
 import multiprocessing
 import os
@@ -122,6 +123,9 @@ _encoder: BatchEncoder
 def _start_worker(encoder: BatchEncoder) -> None:
     global _encoder
     _encoder = encoder
+    # what is there by now stays: without this every full collection walks through it again, and copies the pages that
+    # the processes share
+    gc.freeze()
     # the processes are the parallelism; threads of the tokenizer on top would fight for the same cores
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
