@@ -28,7 +28,7 @@ setup(
         "dev": [
             "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.15", "mypy>=1.18", "pre-commit>=4",
             "matplotlib>=3.9", "plotext>=6.1", "tensorboard>=2.18", "rich-argparse>=1.7",
-            "peft>=0.21,<0.22", "trl>=1.16,<2",
+            "peft>=0.21,<0.22", "trl>=1.16,<2", "dashscope>=2.0", "tiktoken>=0.9",
         ],
     },
     entry_points={"console_scripts": ["modellink = modellink.cli:main"]},
