@@ -153,8 +153,9 @@ def _meeting_problem(rank: Rank, place: str, seconds: float, error: RuntimeError
     if "failed to listen" in said:
         return (f"--master-port {place.rpartition(':')[2]}: cannot be used on this node ({first_words(error)}); choose "  # type: ignore[arg-type]
                 "another, the same on every node.")
-    if joined is not None:
-        return (f"only {joined[1]} of {joined[2]} ranks joined within {seconds:g} s (--distributed-timeout-minutes): "
+    if joined is not None or rank.rank == 0 and error is None:
+        count = f"{joined[1]} of {joined[2]}" if joined is not None else f"some of {rank.world_size}"
+        return (f"only {count} ranks joined within {seconds:g} s (--distributed-timeout-minutes): "
                 f"see that every node was started, with {SAME_FLAGS}, and look into the logs of the missing ones.")
     if error is None or "timed out" in said or "failed to connect" in said:
         return (f"rank {rank.rank} of {rank.world_size} got no answer from rank 0 at {place} within {seconds:g} s "
