@@ -10,6 +10,7 @@ from modellink.checks.layout import (
     check_tensor_parallel,
     padded_rows,
 )
+from modellink.checks.profile import check_profile
 from modellink.checks.values import Program, check_values
 from modellink.checks.weights import Weights, check_resume, check_save_form, find_weights
 from modellink.checks.wishes import wish_notices
@@ -44,6 +45,7 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     weights, model, origins = _find_model(settings, program, problems)
     if program == "train":
         check_data(settings, problems)
+        check_profile(settings, world_size, problems)
     stored = model
     model = check_tokenizer(settings, model, program, problems)
     if model is None or stored is None:

@@ -1,7 +1,8 @@
 """What a run asks of its device before anything of it starts: timeouts, deterministic computation, HCCL's buffers."""
 
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -38,3 +39,19 @@ def make_deterministic(required: Required, environment: MutableMapping[str, str]
             raise ConfigError(f"--use-deter-comp: the environment has {name}={found}, with which results differ from "
                               f"run to run; unset it or set it to {values[0]}.")
     torch.use_deterministic_algorithms(True)
+
+
+UNORDERED = " does not have a deterministic implementation"
+
+
+@contextmanager
+def refusals_explained() -> Iterator[None]:
+    """Inside the block, torch's refusal of an operation under `--use-deter-comp` becomes a ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(UNORDERED)
+        if not found:
+            raise
+        raise ConfigError(f"--use-deter-comp: {operation.splitlines()[-1]} cannot give the same bits again on this "
+                          "device; leave out the flag that uses it, or --use-deter-comp.") from error

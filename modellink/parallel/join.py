@@ -146,13 +146,13 @@ def _check_address(rank: Rank, timeout: timedelta) -> str:
 
 def _meeting_problem(rank: Rank, place: str, seconds: float, error: RuntimeError | None) -> str:
     said = "" if error is None else str(error)
+    port = place.rpartition(":")[2]
     joined = re.search(r"(\d+)/(\d+) clients joined", said)
     if "EADDRINUSE" in said:
-        return (f"--master-port {place.rpartition(':')[2]}: is in use on this node; choose another, the same on every "
-                "node.")
-    if "failed to listen" in said:
-        return (f"--master-port {place.rpartition(':')[2]}: cannot be used on this node ({first_words(error)}); choose "  # type: ignore[arg-type]
-                "another, the same on every node.")
+        return f"--master-port {port}: is in use on this node; choose another, the same on every node."
+    if error is not None and "failed to listen" in said:
+        return (f"--master-port {port}: cannot be used on this node ({first_words(error)}); choose another, the same "
+                "on every node.")
     if joined is not None or rank.rank == 0 and error is None:
         count = f"{joined[1]} of {joined[2]}" if joined is not None else f"some of {rank.world_size}"
         return (f"only {count} ranks joined within {seconds:g} s (--distributed-timeout-minutes): "
@@ -161,4 +161,5 @@ def _meeting_problem(rank: Rank, place: str, seconds: float, error: RuntimeError
         return (f"rank {rank.rank} of {rank.world_size} got no answer from rank 0 at {place} within {seconds:g} s "
                 f"(--distributed-timeout-minutes): see that node 0 was started, with {SAME_FLAGS}, and that no "
                 "firewall is between.")
-    return f"rank {rank.rank} of {rank.world_size} cannot join the job at {place}: {first_words(error)}; use {SAME_FLAGS}."
+    return (f"rank {rank.rank} of {rank.world_size} cannot join the job at {place}: {first_words(error)}; use "
+            f"{SAME_FLAGS}.")
