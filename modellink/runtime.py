@@ -17,6 +17,7 @@ from modellink.checks.wishes import wish_notices
 from modellink.config.errors import ConfigError, ProblemList
 from modellink.config.model import ModelConfig
 from modellink.config.settings import Settings
+from modellink.device.buffers import buffer_notice
 from modellink.models.resolve import resolve_model
 from modellink.models.run import Run
 from modellink.parallel.dims import ParallelDims
@@ -75,7 +76,7 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     return Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
                seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
                notices=(*_notices(settings, dims, program, *device), *grown_rows_notice(stored, model, settings),
-                        *data_notices(settings)), lora=plan)
+                        *data_notices(settings)), lora=plan, device=device[0])
 
 
 def _find_model(settings: Settings, program: Program,
@@ -130,7 +131,8 @@ def _device(settings: Settings, elsewhere: bool) -> tuple[str, str]:
 
 
 def _notices(settings: Settings, dims: ParallelDims, program: Program, device: str, backend: str) -> list[str]:
-    notices = wish_notices(settings, dims, device, backend)
+    notices = [*wish_notices(settings, dims, device, backend),
+               *buffer_notice(settings.parallel.hccl_buffer_size, device)]
     if "lora_register_forward_hook" in settings.given:
         notices.append("--lora-register-forward-hook has no effect: gradients reach the adapters without it.")
     if program == "train" and "tokenizer_not_use_fast" in settings.given:

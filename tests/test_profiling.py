@@ -105,7 +105,7 @@ def test_a_step_that_fails_leaves_no_trace_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--profile --profile-step-start 3 --profile-step-end 3", "--profile-step-end 3: is not above --profile-step-start"),
+    ("--profile --profile-step-start 3 --profile-step-end 3", "--profile-step-end 3: is not above "),
     ("--profile --profile-step-start -1", "--profile-step-start -1: must be at least 0"),
     ("--profile", "--profile-step-start 10: is beyond the last step to record, --train-iters 4"),
     ("--profile --profile-step-start 3 --profile-step-end 5", "--profile-step-end 5: is beyond the last step"),
