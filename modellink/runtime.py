@@ -3,6 +3,7 @@
 from modellink.checkpoint.layout import stage_layers
 from modellink.checks.adapters import check_lora, find_lora, refuse_adapters_as_base
 from modellink.checks.inputs import check_data, check_tokenizer, data_notices, grown_rows_notice
+from modellink.checks.kernels import check_kernels
 from modellink.checks.layout import (
     check_batches,
     check_recompute_layers,
@@ -73,10 +74,14 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     device = problems.catch(lambda: _device(settings, elsewhere))
     problems.raise_if_any()
     assert dims is not None and isinstance(device, tuple)
-    return Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
-               seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
-               notices=(*_notices(settings, dims, program, *device), *grown_rows_notice(stored, model, settings),
-                        *data_notices(settings)), lora=plan, device=device[0])
+    run = Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
+              seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
+              notices=(*_notices(settings, dims, program, *device), *grown_rows_notice(stored, model, settings),
+                       *data_notices(settings)), lora=plan, device=device[0])
+    if program == "train":
+        check_kernels(run, problems)
+        problems.raise_if_any()
+    return run
 
 
 def _find_model(settings: Settings, program: Program,
