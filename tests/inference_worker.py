@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference_cases import BEAMS, HEADER, NUM_NEW, PAIRS, PASSES, PROMPTS, SAMPLED, SHARING, STOPS
+from inference_cases import BEAMS, HALVES, HEADER, NUM_NEW, PAIRS, PASSES, PROMPTS, SAMPLED, SHARING, STOPS
 
 from modellink.config.errors import ConfigError
 from modellink.config.settings import parse_settings
@@ -213,17 +213,21 @@ def main(folder: Path) -> None:
                     run.settings.checkpoint, load=str(folder / name)))  # the HF folder
                 engine = load_engine(dataclasses.replace(run, settings=settings), device)
                 results[key]["from_hf"] = tokens_of(engine, [Request(prompt, GREEDY) for prompt in PROMPTS])
-                short = load_engine(make_run(folder, "bf16", folder / "tokenizer", layout, 1), device)
-                results[key]["dtype"] = next(short.model.parameters()).dtype
-                results[key]["bf16"] = tokens_of(short, [Request(PROMPTS[0], SamplingSettings())])[0]
-                half = load_engine(make_run(folder, "bf16", folder / "tokenizer", layout, 1, "--fp16"), device)
-                results[key]["fp16"] = half.model.config.params_dtype, tokens_of(
-                    half, [Request(PROMPTS[0], GREEDY)])[0]
                 flagged = load_engine(make_run(folder, load, folder / "tokenizer", layout, 1, "--max-kv-cache-gb 0.5 "
                                                "--kv-cache-dtype int8 --no-prefix-reuse --max-batch-size 3"), device)
                 flagged.generate([Request(prompt, GREEDY) for prompt in PROMPTS])
                 results[key]["flags"] = (flagged.replica.max_kv_cache_bytes, flagged.replica.prefix_reuse,
                                          flagged.max_batch_size, flagged.replica.cache.is_int8)
+            if name == "untied":
+                for dtype in HALVES:
+                    half = load_engine(make_run(folder, "bf16", folder / "tokenizer", layout, rank.world_size,
+                                                f"--{dtype}"), device)
+                    results[key][dtype] = {
+                        "dtype": next(half.model.parameters()).dtype, "logits": logits_of(half, PASSES, 3),
+                        "tokens": tokens_of(half, [Request(prompt, GREEDY) for prompt in PROMPTS])}
+            if key == ("TP1 PP1", "tied") and rank.world_size == 1:
+                unasked = load_engine(make_run(folder, "bf16", folder / "tokenizer", layout, 1), device)
+                results[key]["own_dtype"] = next(unasked.model.parameters()).dtype
             parallel_state.destroy_model_parallel()
     torch.save(results, folder / f"world{rank.world_size}_rank{rank.rank}.pt")
     stop_groups()
