@@ -269,8 +269,8 @@ LARGEST = {"hidden_size": 1800, "num_attention_heads": 2, "num_key_value_heads":
 
 
 @pytest.mark.parametrize("changes, world, words, said", [
-    (WIDE, 1, "--use-flash-attn --bf16", "--use-flash-attn: npu_fusion_attention cannot compute this run: it takes head "
-                                         "sizes up to 768 and not 800"),
+    (WIDE, 1, "--use-flash-attn --bf16", "--use-flash-attn: npu_fusion_attention cannot compute this run: it takes "
+                                         "head sizes up to 768 and not 800"),
     (LARGEST, 1, "--use-fused-rotary-pos-emb", "--use-fused-rotary-pos-emb: npu_rotary_mul cannot compute this run: it "
                                                "takes even head sizes below 896 and not 900"),
     ({}, 2, "--use-mc2 --bf16 --tensor-model-parallel-size 2", "--use-mc2: MC2 cannot compute this run: it needs "

@@ -84,12 +84,11 @@ def join(device: Device, rank: Rank, timeout: timedelta) -> None:
         store = _meet(rank, timeout)
     else:  # a plain process: no port is needed
         store = dist.HashStore()
+    total = torch.ones(1).to(device.current())
     try:
         dist.init_process_group(device.backend, store=store, rank=rank.rank, world_size=rank.world_size, **options)
-        # communicators start at the first collective
-        total = torch.ones(1, device=device.current())
-        dist.all_reduce(total)
-        total.item()
+        dist.all_reduce(total)  # communicators start at the first collective
+        device.synchronize()
     except RuntimeError as error:
         raise ConfigError(
             f"{device.backend} does not start on rank {rank.rank} of {rank.world_size}: {first_words(error)}; see that "
