@@ -16,13 +16,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check, start this rank, train. Returns the exit code."""
     settings = parse_settings("pretrain_gpt.py", TITLES["train"], argv)
     run = prepare_run(settings, int(os.environ.get("WORLD_SIZE", 1)), "train")
+    from modellink.device.options import refusals_explained
     from modellink.parallel.groups import stop_groups
     from modellink.start import start
 
     device = start(run)
     from modellink.training.loop import train
 
-    train(run, device)
+    with refusals_explained():
+        train(run, device)
     stop_groups()
     return 0
 

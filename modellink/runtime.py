@@ -3,6 +3,7 @@
 from modellink.checkpoint.layout import stage_layers
 from modellink.checks.adapters import check_lora, find_lora, refuse_adapters_as_base
 from modellink.checks.inputs import check_data, check_tokenizer, data_notices, grown_rows_notice
+from modellink.checks.kernels import check_kernels
 from modellink.checks.layout import (
     check_batches,
     check_recompute_layers,
@@ -10,12 +11,14 @@ from modellink.checks.layout import (
     check_tensor_parallel,
     padded_rows,
 )
+from modellink.checks.profile import check_profile
 from modellink.checks.values import Program, check_values
 from modellink.checks.weights import Weights, check_resume, check_save_form, find_weights
 from modellink.checks.wishes import wish_notices
 from modellink.config.errors import ConfigError, ProblemList
 from modellink.config.model import ModelConfig
 from modellink.config.settings import Settings
+from modellink.device.buffers import buffer_notice
 from modellink.models.resolve import resolve_model
 from modellink.models.run import Run
 from modellink.parallel.dims import ParallelDims
@@ -44,6 +47,7 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     weights, model, origins = _find_model(settings, program, problems)
     if program == "train":
         check_data(settings, problems)
+        check_profile(settings, world_size, problems)
     stored = model
     model = check_tokenizer(settings, model, program, problems)
     if model is None or stored is None:
@@ -70,10 +74,14 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     device = problems.catch(lambda: _device(settings, elsewhere))
     problems.raise_if_any()
     assert dims is not None and isinstance(device, tuple)
-    return Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
-               seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
-               notices=(*_notices(settings, dims, program, *device), *grown_rows_notice(stored, model, settings),
-                        *data_notices(settings)), lora=plan)
+    run = Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
+              seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
+              notices=(*_notices(settings, dims, program, *device), *grown_rows_notice(stored, model, settings),
+                       *data_notices(settings)), lora=plan, device=device[0])
+    if program == "train":
+        check_kernels(run, problems)
+        problems.raise_if_any()
+    return run
 
 
 def _find_model(settings: Settings, program: Program,
@@ -128,7 +136,8 @@ def _device(settings: Settings, elsewhere: bool) -> tuple[str, str]:
 
 
 def _notices(settings: Settings, dims: ParallelDims, program: Program, device: str, backend: str) -> list[str]:
-    notices = wish_notices(settings, dims, device, backend)
+    notices = [*wish_notices(settings, dims, device, backend),
+               *buffer_notice(settings.parallel.hccl_buffer_size, device)]
     if "lora_register_forward_hook" in settings.given:
         notices.append("--lora-register-forward-hook has no effect: gradients reach the adapters without it.")
     if program == "train" and "tokenizer_not_use_fast" in settings.given:

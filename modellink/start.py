@@ -5,10 +5,13 @@ import sys
 import warnings
 
 from modellink.device.base import Device
+from modellink.device.buffers import parse_buffer_sizes
+from modellink.device.options import DeviceOptions
 from modellink.device.retarget import retarget
 from modellink.device.select import select_device
 from modellink.models.run import Run
-from modellink.parallel.groups import Rank, seed_everything, start_groups
+from modellink.parallel.groups import seed_everything, start_groups
+from modellink.parallel.join import Rank
 from modellink.patches.ledger import apply_patches
 
 
@@ -25,9 +28,12 @@ def prepare_core(device: Device) -> None:
 
 def start(run: Run) -> Device:
     """Choose the device, prepare megatron-core for it, join the job and seed; rank 0 prints the run's notices."""
+    parallel = run.settings.parallel
     device = select_device(run.settings.device.device)
+    device.prepare(DeviceOptions(parallel.distributed_timeout_minutes, run.settings.device.use_deter_comp,
+                                 parse_buffer_sizes(parallel.hccl_buffer_size)))
     prepare_core(device)
-    start_groups(device, run.dims, run.settings.parallel.distributed_timeout_minutes)
+    start_groups(device, run.dims, parallel.distributed_timeout_minutes)
     seed_everything(run.settings.train.seed)
     if Rank.from_environment().rank == 0:
         for notice in run.notices:

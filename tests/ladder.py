@@ -39,8 +39,8 @@ def read_metrics(path: Path) -> list[dict]:
     return [line for line in lines if line["kind"] == "train"]
 
 
-def main(cases_path: str) -> None:
-    """Worker: every case in turn, with fresh process groups of its own layout."""
+def run_all(cases_path: str) -> None:
+    """Every case in turn, with fresh process groups of its own layout."""
     import torch
 
     torch.set_num_threads(1)
@@ -65,6 +65,13 @@ def main(cases_path: str) -> None:
         else:
             train(run, device)
         parallel_state.destroy_model_parallel()
+
+
+def main(cases_path: str) -> None:
+    """Worker: all cases, then the end of torch's default group."""
+    run_all(cases_path)
+    import torch
+
     torch.distributed.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from checkpoint_folders import make_hf
 from data_helpers import make_tokenizer, random_documents, write_documents
 
 from modellink.checkpoint.convert import main as convert
-from modellink.config import run_command
+from modellink.config import ConfigError, run_command
 from modellink.config.settings import parse_settings
 from modellink.data.indexed import IndexedWriter
 from modellink.models.run import Run
@@ -262,3 +262,36 @@ def test_a_checkpoint_that_knows_only_padded_rows_takes_the_models(tmp_path: Pat
     assert run_program(f"{line} --vocab-size {WORDS + 1}", place, 1, "train").model.vocab_size == WORDS + 1
     run = run_program(f"{line} --model {tmp_path / 'hf'}", place, 1, "train")
     assert run.model.vocab_size == WORDS + 1 and run.padded_vocab_size == WORDS + 1
+
+
+WIDE = {"hidden_size": 1600, "num_attention_heads": 2, "num_key_value_heads": 2}  # heads of 800
+LARGEST = {"hidden_size": 1800, "num_attention_heads": 2, "num_key_value_heads": 2}  # heads of 900
+
+
+@pytest.mark.parametrize("changes, world, words, said", [
+    (WIDE, 1, "--use-flash-attn --bf16", "--use-flash-attn: npu_fusion_attention cannot compute this run: it takes "
+                                         "head sizes up to 768 and not 800"),
+    (LARGEST, 1, "--use-fused-rotary-pos-emb", "--use-fused-rotary-pos-emb: npu_rotary_mul cannot compute this run: it "
+                                               "takes even head sizes below 896 and not 900"),
+    ({}, 2, "--use-mc2 --bf16 --tensor-model-parallel-size 2", "--use-mc2: MC2 cannot compute this run: it needs "
+                                                               "--sequence-parallel"),
+    ({"hidden_size": 768, "intermediate_size": 1024}, 2,
+     "--use-mc2 --fp32 --tensor-model-parallel-size 2 --sequence-parallel",
+     "--use-mc2: MC2 cannot compute this run: it takes float16, bfloat16 and not float32"),
+    ({}, 2, "--use-mc2 --bf16 --tensor-model-parallel-size 2 --sequence-parallel",
+     "--use-mc2: MC2 cannot compute this run: it takes products over 256 to 65534 features and not over 96")])
+def test_a_fused_form_that_cannot_compute_the_run(changes: dict, world: int, words: str, said: str,
+                                                  tmp_path: Path) -> None:
+    from tiny import tiny_config
+
+    tiny_config(**changes).save_pretrained(tmp_path)
+    line = f"--model {tmp_path} --mock-data --seq-length 16 --train-iters 1 --lr 1 {words}".split()
+
+    def prepare(device: str) -> None:
+        prepare_run(parse_settings("t", "t", [*line, "--device", device]), world, "train", elsewhere=True)
+
+    with pytest.raises(ConfigError) as error:
+        prepare("npu")
+    (sentence,) = error.value.problems
+    assert sentence.startswith(said) and "or leave --use-" in sentence
+    prepare("cpu")  # where a wish is only a wish

@@ -5,16 +5,19 @@ from dataclasses import fields
 from typing import Literal
 
 from modellink.config.errors import ProblemList
-from modellink.config.settings import ChatSettings, EvaluationSettings, Settings
+from modellink.config.settings import ChatSettings, EvaluationSettings, ProfileSettings, Settings
+from modellink.device.buffers import parse_buffer_sizes
 
 Program = Literal["train", "generate", "evaluate"]
 
 _CHAT = tuple(field.name for field in fields(ChatSettings))
 _EVALUATION = tuple(field.name for field in fields(EvaluationSettings))
+_TRAINING = (*(field.name for field in fields(ProfileSettings)), "use_deter_comp")
 # program -> whose flags it does not take
 OF_OTHERS: dict[Program, dict[str, tuple[str, ...]]] = {
-    "train": {"inference.py": _CHAT, "evaluation.py": _EVALUATION}, "generate": {"evaluation.py": _EVALUATION},
-    "evaluate": {"inference.py": _CHAT},
+    "train": {"inference.py": _CHAT, "evaluation.py": _EVALUATION},
+    "generate": {"evaluation.py": _EVALUATION, "pretrain_gpt.py": _TRAINING},
+    "evaluate": {"inference.py": _CHAT, "pretrain_gpt.py": _TRAINING},
 }
 
 Rule = tuple[Callable[[float], bool], str]
@@ -68,6 +71,7 @@ def check_values(settings: Settings, program: Program, problems: ProblemList) ->
             if value is not None and not holds(value):
                 problems.add(f"{flag_name(field)} {value}: must be {rule}; correct it.")
     _check_later(settings, program, problems)
+    problems.catch(lambda: parse_buffer_sizes(settings.parallel.hccl_buffer_size))
     if program == "train":
         _check_needed(settings, problems)
         _check_data_kind(settings, problems)
@@ -115,7 +119,8 @@ def _check_later(settings: Settings, program: Program, problems: ProblemList) ->
 
 
 def _as_typed(settings: Settings, field: str) -> str:
-    section = next(part for part in (settings.chat, settings.evaluation) if hasattr(part, field))
+    parts = (settings.chat, settings.evaluation, settings.profiling, settings.device)
+    section = next(part for part in parts if hasattr(part, field))
     return flag_name(field) if getattr(section, field) is not False else f"--no-{flag_name(field)[2:]}"
 
 

@@ -73,6 +73,9 @@ class ParallelSettings:
         "auto", "communication backend; every choice means the device's own (gloo, nccl or hccl)",
         choices=["auto", "nccl", "hccl", "gloo"])
     distributed_timeout_minutes: int = flag(10, "a collective that waits longer ends the job")
+    hccl_buffer_size: list[str] | None = flag(
+        None, "npu: MiB of a buffer of HCCL, for all groups or as GROUP=MiB for one of world, tp, dp, pp, mp, embd, "
+        "optimizer; a group holds two of them (default: HCCL_BUFFSIZE or 200)", nargs="+", metavar="MiB")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class DeviceSettings:
     jit_compile: bool = flag(False, "wish: operator compilation on the NPU")
     masked_softmax_fusion: bool = flag(False, "wish: fused masked softmax; attention here never holds the scores")
     gradient_accumulation_fusion: bool = flag(False, "wish: accumulate weight gradients inside the matrix product")
+    use_deter_comp: bool = flag(
+        False, "training: the same run gives the same bits again; slower, and an operation that cannot do so ends the "
+        "run", names=["--deterministic-mode"])
     attention_softmax_in_fp32: bool = flag(True, "softmax of attention in fp32; always so")
 
 
@@ -205,6 +211,18 @@ class LoggingSettings:
     log_throughput: bool = flag(True, "tokens/s and TFLOP/s in the metric line; always there")
     tensorboard_dir: str | None = flag(None, "TensorBoard folder (default: --save folder/tensorboard)")
     metrics_file: str | None = flag(None, "JSON lines of metrics (default: --save folder/metrics.jsonl)")
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """Profiling of training steps."""
+
+    profile: bool = flag(False, "record a trace of some steps with the device's profiler")
+    profile_step_start: int = flag(10, "record the steps after this one")
+    profile_step_end: int = flag(12, "last step to record")
+    profile_ranks: list[int] | None = flag(None, "ranks that record (default: 0)", nargs="+", type=int,
+                                           metavar="RANK")
+    profile_dir: str = flag("profile", "folder of the traces (one file a rank, for Perfetto or chrome://tracing)")
 
 
 @dataclass(frozen=True)
@@ -366,6 +384,7 @@ class Settings:
     data: DataSettings
     checkpoint: CheckpointSettings
     logging: LoggingSettings
+    profiling: ProfileSettings
     generation: GenerationSettings
     chat: ChatSettings
     lora: LoraSettings
@@ -382,8 +401,8 @@ class Settings:
 
 
 SECTIONS: tuple[type, ...] = (ModelSettings, ParallelSettings, DeviceSettings, TrainSettings, OptimizerSettings,
-                              DataSettings, CheckpointSettings, LoggingSettings, GenerationSettings, ChatSettings,
-                              LoraSettings, PosttrainSettings, EvaluationSettings)
+                              DataSettings, CheckpointSettings, LoggingSettings, ProfileSettings, GenerationSettings,
+                              ChatSettings, LoraSettings, PosttrainSettings, EvaluationSettings)
 
 
 def parse_settings(prog: str, description: str, argv: Sequence[str] | None = None) -> Settings:

@@ -4,6 +4,8 @@ from typing import Any, Protocol
 
 import torch
 
+from modellink.device.options import DeviceOptions
+
 
 class Device(Protocol):
     """One kind of accelerator, seen from one rank.
@@ -20,6 +22,19 @@ class Device(Protocol):
 
     def unusable_reason(self) -> str | None:
         """None when the device can be used here, otherwise one sentence why not."""
+
+    def prepare(self, options: DeviceOptions) -> None:
+        """Set what the device's libraries read when they start; called once, before `set_current`.
+
+        Raises:
+            ConfigError: the environment contradicts an option.
+        """
+
+    def group_options(self, group: str) -> Any:
+        """What torch.distributed gets as `pg_options` of a group (megatron-core's name of it, or `world`)."""
+
+    def profiler(self) -> Any:
+        """A recorder of the work on this device, not started: `start`, `stop`, `export_chrome_trace(path)`."""
 
     def set_current(self, local_rank: int) -> torch.device:
         """Bind this process to the accelerator of its local rank and return it."""

@@ -8,6 +8,8 @@ from typing import Any
 import psutil
 import torch
 
+from modellink.device.options import DeviceOptions, make_deterministic
+
 
 class NoStream:
     """A stream or event that has always finished: CPU work is done when the call returns."""
@@ -99,6 +101,16 @@ class CpuDevice:
 
     def unusable_reason(self) -> str | None:
         return None
+
+    def prepare(self, options: DeviceOptions) -> None:
+        if options.deterministic:
+            make_deterministic({})
+
+    def group_options(self, group: str) -> Any:
+        return None
+
+    def profiler(self) -> Any:
+        return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     def set_current(self, local_rank: int) -> torch.device:
         return torch.device("cpu")

@@ -1,6 +1,16 @@
 """NVIDIA GPUs through torch.cuda and nccl."""
 
+from typing import Any
+
 import torch
+
+from modellink.device.options import DeviceOptions, make_deterministic
+from modellink.device.visible import visibility_problem
+
+# cuBLAS: https://docs.nvidia.com/cuda/cublas/#results-reproducibility. NCCL: reductions in the switch (NVLS) add in an
+# order of their own; megatron-core's deterministic mode asks for an algorithm as well
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+                 "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain")}
 
 
 class CudaDevice:
@@ -16,8 +26,19 @@ class CudaDevice:
         if torch.version.cuda is None:
             return f"this torch ({torch.__version__}) was built without CUDA; install a CUDA build of torch"
         if not torch.cuda.is_available():
-            return "torch sees no usable GPU; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+            return visibility_problem("CUDA_VISIBLE_DEVICES") or _start_problem()
         return None
+
+    def prepare(self, options: DeviceOptions) -> None:
+        if options.deterministic:
+            make_deterministic(DETERMINISTIC)
+
+    def group_options(self, group: str) -> Any:
+        return None
+
+    def profiler(self) -> Any:
+        kinds = torch.profiler.ProfilerActivity
+        return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
 
     def set_current(self, local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
@@ -51,3 +72,12 @@ class CudaDevice:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         return {"torch": torch.__version__, "CUDA": str(torch.version.cuda), "nccl": nccl,
                 "cuDNN": str(torch.backends.cudnn.version())}
+
+
+def _start_problem() -> str:
+    """Why CUDA does not start, in the driver's words where it has any."""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return f"CUDA does not start ({str(error).splitlines()[0].rstrip('.')}); check the driver with nvidia-smi"
+    return "torch sees no usable GPU; check the driver with nvidia-smi"

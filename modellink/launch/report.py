@@ -12,6 +12,7 @@ TRACEBACK = "Traceback (most recent call last)"
 RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch puts it before every line of a traceback
 CHAINS = ("During handling of the above exception", "The above exception was the direct cause")
 # what a healthy rank says when its neighbour is gone
+SENTENCE = "error: "  # run_command writes it before what a user did wrong
 CONSEQUENCE = re.compile(
     r"connection (closed|reset|refused)|closed by (remote )?peer|broken pipe|socket closed|remote process exited|"
     r"recvvalue failed|sendbytes failed|failed to recv, got 0 bytes|gloo[/:]|timed out waiting|watchdog|"
@@ -56,7 +57,7 @@ def own_error(log: Path) -> str:
     lines = [RANK_PREFIX.sub("", line) for line in text.split("\n")]
     starts = [i for i, line in enumerate(lines) if line.startswith(TRACEBACK)]
     if not starts:
-        errors = [line for line in lines if line.startswith("error: ")]
+        errors = [line for line in lines if line.startswith(SENTENCE)]
         return "\n".join(errors or lines[-TAIL_LINES:])
     first = starts.pop()
     while starts and any(line.startswith(CHAINS) for line in lines[starts[-1]:first]):
@@ -72,8 +73,10 @@ def first_failure(failures: Sequence[Failure]) -> tuple[Failure, bool]:
     """
     in_time = sorted(failures, key=lambda failure: failure.seconds)
     for failure in in_time:
+        error = own_error(failure.log)
         # only the last lines name the exception; a traceback passes through files with gloo in their names
-        if failure.code < 0 or not CONSEQUENCE.search("\n".join(own_error(failure.log).split("\n")[-5:])):
+        is_lost = CONSEQUENCE.search("\n".join(error.split("\n")[-5:])) and not error.startswith(SENTENCE)
+        if failure.code < 0 or not is_lost:
             return failure, True
     return in_time[0], False
 

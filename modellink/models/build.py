@@ -61,6 +61,7 @@ def transformer_config(run: Run, device_name: str, **changes: Any) -> Transforme
         "recompute_method": train.recompute_method,
         "recompute_num_layers": train.recompute_num_layers,
         "calculate_per_token_loss": True,
+        "deterministic_mode": settings.device.use_deter_comp,
         "use_cpu_initialization": device_name == "cpu",
         # Sends of the interleaved schedule are still under way when it would free their storage: the neighbour then
         # receives whatever lies there (seen on gloo: loss off by 0.1, gradient norm 31 instead of 1.4, NaN with TP).

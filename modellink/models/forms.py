@@ -10,9 +10,20 @@ WISHES = ("use_mc2", "use_mindspeed_ops", "gradient_accumulation_fusion")
 
 def situation_of(run: Run, device: Device) -> Situation:
     """What the choice of forms needs to know of a run."""
+    return make_situation(run, device.name, device.product_name())
+
+
+def make_situation(run: Run, device: str, product: str) -> Situation:
+    """As `situation_of`, for a device that need not be here.
+
+    Args:
+        run: the resolved run.
+        device: `cpu`, `cuda` or `npu`.
+        product: the vendor's name of it, empty when unknown.
+    """
     settings, model, tensor = run.settings, run.model, run.dims.tensor
     return Situation(
-        device.name, device.product_name(), DTYPES[settings.train.precision], model.head_dim,
+        device, product, DTYPES[settings.train.precision], model.head_dim,
         model.num_attention_heads // tensor, model.num_query_groups // tensor,
         # what the products reduce over: column layers forward and backward, then row layers forward
         widths=(model.hidden_size, (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim // tensor,

@@ -22,6 +22,7 @@ class Run:
         global_batch_size: samples of one step after ramp-up.
         notices: lines to print once at start (wishes that have no effect, what was chosen and why).
         lora: the adapters: of training, those trained, None when all weights are; of generation, those in use.
+        device: name of the device it runs on, empty while another machine will choose it.
     """
 
     settings: Settings
@@ -33,3 +34,4 @@ class Run:
     global_batch_size: int
     notices: tuple[str, ...] = field(default=())
     lora: LoraPlan | None = None
+    device: str = ""

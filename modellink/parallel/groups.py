@@ -1,7 +1,5 @@
 """Starts torch.distributed and megatron-core's process groups for this rank, and the seeds of its layout."""
 
-import os
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -10,21 +8,7 @@ import torch.distributed as dist
 from modellink.config.errors import ConfigError
 from modellink.device.base import Device
 from modellink.parallel.dims import ParallelDims
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Where this process is in the job, as the launcher's environment says."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-    @classmethod
-    def from_environment(cls) -> "Rank":
-        """RANK, WORLD_SIZE and LOCAL_RANK of torch's launcher; a plain process is rank 0 of 1."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)),
-                   int(os.environ.get("LOCAL_RANK", 0)))
+from modellink.parallel.join import Rank, check_devices, join
 
 
 def start_groups(device: Device, dims: ParallelDims, timeout_minutes: int) -> None:
@@ -33,7 +17,8 @@ def start_groups(device: Device, dims: ParallelDims, timeout_minutes: int) -> No
     A second model of the same layout in this process shares the groups of the first.
 
     Raises:
-        ConfigError: there is a model of another layout.
+        ConfigError: there is a model of another layout, this node has fewer accelerators than ranks, or the ranks
+            cannot join.
     """
     from megatron.core import parallel_state
 
@@ -46,15 +31,10 @@ def start_groups(device: Device, dims: ParallelDims, timeout_minutes: int) -> No
         return
 
     rank = Rank.from_environment()
-    current = device.set_current(rank.local_rank)
+    check_devices(device, rank)
+    device.set_current(rank.local_rank)
     if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
-        device_id = current if device.name == "cuda" else None
-        if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(device.backend, timeout=timeout, device_id=device_id)
-        else:  # a plain process: no port is needed
-            dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout,
-                                    device_id=device_id)
+        join(device, rank, timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tensor,
         pipeline_model_parallel_size=dims.pipeline,

@@ -62,6 +62,11 @@ def _weight_gradient(device: Device) -> None:
     layers._grad_accum_fusion_available = True
 
 
+def _group_options(device: Device) -> None:
+    state: Any = import_module("megatron.core.parallel_state")
+    state.get_nccl_options = lambda group, configurations: device.group_options(group)
+
+
 ALL_DEVICES = ("cpu", "cuda", "npu")
 
 LEDGER: tuple[Patch, ...] = (
@@ -75,6 +80,9 @@ LEDGER: tuple[Patch, ...] = (
           "is there", ALL_DEVICES, "0.16.1",
           "--gradient-accumulation-fusion asks for an Apex extension; our operation adds to the main gradient instead",
           "the core takes the function from its configuration", _weight_gradient),
+    Patch("group-options", "megatron.core.parallel_state.get_nccl_options", ("npu",), "0.16.1",
+          "it makes options of NCCL's class; HCCL has its own, with the size of its buffers",
+          "the core takes the options of a group from its caller", _group_options),
 )
 
 

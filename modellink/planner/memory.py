@@ -3,12 +3,15 @@ backward pass (attention scores are never held, so recompute of attention alone 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from modellink.checkpoint.adapter_rules import adapter_chunk_rules
 from modellink.checkpoint.layout import Layout
+from modellink.device.buffers import parse_buffer_sizes, peer_bytes
 from modellink.lora.plan import is_adapter_name
 from modellink.models.run import Run
+from modellink.parallel.communicators import groups_in_use, single_neighbours
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
@@ -36,7 +39,8 @@ class ChunkPlan:
 class StagePlan:
     """One pipeline stage; all sizes are bytes on one of its ranks.
 
-    `reference` is the frozen second model of preference tuning without adapters.
+    `reference` is the frozen second model of preference tuning without adapters, `communicators` the buffers of
+    collectives by group on devices where they are counted.
     """
 
     stage: int
@@ -46,6 +50,7 @@ class StagePlan:
     gradients: int
     optimizer: int
     activations: int
+    communicators: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -63,7 +68,8 @@ class StagePlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.reference + self.gradients + self.optimizer + self.activations
+        return (self.weights + self.reference + self.gradients + self.optimizer + self.activations
+                + sum(self.communicators.values()))
 
     @property
     def least(self) -> int:
@@ -173,6 +179,19 @@ def activation_bytes(run: Run, stage: int) -> int:
     return total
 
 
+def communicator_bytes(run: Run, stage: int) -> dict[str, int]:
+    """Bytes of communication buffers on a rank of a stage, by group; NPUs alone take them beside torch's allocator in
+    a size that is known beforehand."""
+    if run.device != "npu":
+        return {}
+    parallel = run.settings.parallel
+    sizes = parse_buffer_sizes(parallel.hccl_buffer_size)
+    found = {name: sizes.communicator_bytes(name) for name in groups_in_use(
+        run.dims, stage, is_tied=run.model.tie_word_embeddings, is_sharded=parallel.use_distributed_optimizer)}
+    neighbours = single_neighbours(run.dims)
+    return found | ({"neighbours": neighbours * peer_bytes()} if neighbours else {})
+
+
 def stage_plan(run: Run, stage: int) -> StagePlan:
     """Layers, parameters and bytes of one rank of a pipeline stage."""
     chunks = chunk_plans(run, stage)
@@ -185,4 +204,4 @@ def stage_plan(run: Run, stage: int) -> StagePlan:
     has_reference = run.settings.post.stage == "dpo" and run.lora is None
     return StagePlan(stage, chunks, weights=weights, reference=weights if has_reference else 0,
                      gradients=trained * FP32, optimizer=-(-trained * state // shards),
-                     activations=activation_bytes(run, stage))
+                     activations=activation_bytes(run, stage), communicators=communicator_bytes(run, stage))

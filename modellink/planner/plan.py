@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modellink.config.errors import ProblemList
+from modellink.device.buffers import buffer_line
 from modellink.models.run import Run
 from modellink.planner.memory import StagePlan, stage_plan
 
@@ -97,6 +98,9 @@ class Plan:
         reference = max(stage.reference for stage in self.stages)
         if reference:
             lines.append(f"reference   a second, frozen model takes up to {reference:,} bytes of a rank's total")
+        communicators = max((stage.communicators for stage in self.stages), key=lambda sizes: sum(sizes.values()))
+        if communicators:
+            lines.append(buffer_line(communicators))
         if run.settings.checkpoint.save is not None:
             lines.append(f"checkpoint  {self.checkpoint_bytes(range(dims.world_size)):,} bytes over all ranks")
         return lines

@@ -30,6 +30,7 @@ from modellink.training.optimizer import (
     wrap_chunks,
 )
 from modellink.training.preference import preference_objective
+from modellink.training.profiling import StepProfiler
 from modellink.training.state import TrainState, load, save
 from modellink.training.step import StepResult, reduce_reports, run_microbatches
 
@@ -133,6 +134,7 @@ def train(run: Run, device: Device) -> None:
     if rank_zero:
         print("TFLOP/s count attention causally; tokens/s count every position of a sample", flush=True)
     trainer = Trainer(state)
+    profiler = StepProfiler(settings.profiling, device, dist.get_rank())
     reader = trainer.reader(train_set)
     valid_reader = trainer.reader(valid_set) if valid_set is not None else None
     progress, options = state.progress, settings.train
@@ -143,7 +145,8 @@ def train(run: Run, device: Device) -> None:
         begin = time.perf_counter()
         minutes = (time.monotonic() - started) / 60
         late = options.exit_duration_in_mins is not None and minutes >= options.exit_duration_in_mins
-        result, values = trainer.step(reader, [int(stop.asked), int(late)])
+        with profiler.step(progress.step + 1):
+            result, values = trainer.step(reader, [int(stop.asked), int(late)])
         step = progress.step
         if metrics is not None:
             progress.flops += metrics.flops_per_token * values["samples"] * run.seq_length
@@ -173,6 +176,7 @@ def train(run: Run, device: Device) -> None:
             loss = trainer.evaluate(trainer.reader(test_set), 0, options.eval_iters)
             if metrics is not None:
                 metrics.evaluation("test", loss, step=progress.step)
+    profiler.close()
     if metrics is not None:
         metrics.close()
 

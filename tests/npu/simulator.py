@@ -122,10 +122,15 @@ class Several:
 
 
 class GlooForNpu(dist.ProcessGroup):
-    """Collectives of npu tensors over gloo on their host memory, under the names torch 2.13 calls."""
+    """Collectives of npu tensors over gloo on their host memory, under the names torch 2.13 calls.
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
+    Attributes:
+        options: the `pg_options` it was made with, as torch_npu's own group keeps them.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Any):
         super().__init__(rank, size)
+        self.options = options
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
         self._under_way: list[tuple[Any, Any]] = []
 
@@ -209,15 +214,15 @@ class GlooForNpu(dist.ProcessGroup):
                         for kind, tensor, peer in zip(kinds, tensors, peers)])
 
 
-def _make_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    return GlooForNpu(store, rank, size, timeout)
+def _make_group(asked: Any, options: Any) -> dist.ProcessGroup:
+    return GlooForNpu(asked.store, asked.group_rank, asked.group_size, asked.timeout, options)
 
 
 @contextmanager
 def simulated_npu() -> Iterator[CpuKernels]:
     """Inside the block npu tensors compute, and `init_process_group("hccl")` gives gloo. Once a process."""
     register_kernels()
-    dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_make_group, False)
+    dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_make_group, True)
     with CpuKernels() as kernels:
         yield kernels
 

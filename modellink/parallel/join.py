@@ -1,0 +1,164 @@
+"""Joining the job: the ranks find each other and start their communication library, or say in one sentence why not."""
+
+import os
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from modellink.config.errors import ConfigError
+from modellink.device.base import Device
+from modellink.device.network import interface_problem
+
+RESOLVE_SECONDS = 30.0  # a name service may learn of a new machine a little later
+MARGIN_SECONDS = 10.0  # torch itself takes somewhat longer than its timeout
+SAME_FLAGS = "the same --nnodes, --nproc-per-node, --master-addr and --master-port on every node"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where this process is in the job, as the launcher's environment says.
+
+    Attributes:
+        rank, world_size: in the job.
+        local_rank, local_world_size: on this node.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Rank":
+        """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torch's launcher; a plain process is rank 0 of 1.
+
+        Raises:
+            ConfigError: one of them is not a number, or they contradict each other.
+        """
+        found = {name: os.environ.get(name, default) for name, default in (
+            ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))}
+        wrong = [f"{name}={value}" for name, value in found.items() if not value.isdigit()]
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)} in the environment must be whole numbers; start the ranks with "
+                              "modellink launch or torchrun, or unset them.")
+        numbers = [int(value) for value in found.values()]
+        if numbers[0] >= numbers[1]:
+            raise ConfigError(f"RANK={numbers[0]} in the environment must be below WORLD_SIZE={numbers[1]}; start the "
+                              "ranks with modellink launch or torchrun, or unset both.")
+        return cls(*numbers)
+
+
+def check_devices(device: Device, rank: Rank) -> None:
+    """Raise a ConfigError when ranks of this node have no accelerator of their own; a CPU serves any number."""
+    most = max(rank.local_rank + 1, rank.local_world_size)
+    if device.name != "cpu" and most > device.count():
+        raise ConfigError(f"{most} ranks on this node, which has {device.count()} visible {device.name} devices: every "
+                          "rank needs one of its own; start fewer with --nproc-per-node, or make more visible.")
+
+
+def join(device: Device, rank: Rank, timeout: timedelta) -> None:
+    """Start torch's default group on the ranks of the job; the first collective has run when this returns.
+
+    Args:
+        device: whose collective backend starts; its accelerator is already bound to this process.
+        rank: this process.
+        timeout: for the start and for every later collective.
+
+    Raises:
+        ConfigError: the ranks do not find each other or the backend does not start, within about the timeout.
+    """
+    problem = interface_problem(device.backend)
+    if problem is not None:
+        raise ConfigError(problem)
+    options: dict[str, Any] = {"timeout": timeout, "pg_options": device.group_options("world"),
+                               "device_id": device.current() if device.name == "cuda" else None}
+    if "MASTER_ADDR" in os.environ:
+        store = _meet(rank, timeout)
+    else:  # a plain process: no port is needed
+        store = dist.HashStore()
+    total = torch.ones(1).to(device.current())
+    try:
+        dist.init_process_group(device.backend, store=store, rank=rank.rank, world_size=rank.world_size, **options)
+        dist.all_reduce(total)  # communicators start at the first collective
+        device.synchronize()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{device.backend} does not start on rank {rank.rank} of {rank.world_size}: {first_words(error)}; see that "
+            f"every rank is up, that its driver and libraries are whole (modellink doctor --device {device.name}), "
+            "and that the network interface reaches the other nodes.") from error
+
+
+def first_words(error: Exception) -> str:
+    """The first line of what a library says, without the place in its source."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = re.sub(r"^\[[^\]]*\S+:\d+\]\s*", "", lines[0].strip())
+    return text.rstrip(".;")[:300]
+
+
+def _meet(rank: Rank, timeout: timedelta) -> dist.Store:
+    """The store through which all ranks of the job find each other."""
+    place = _check_address(rank, timeout)
+    seconds = timeout.total_seconds()
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(next(rendezvous("env://", rank.rank, rank.world_size, timeout=timeout))[0])
+        except RuntimeError as error:
+            found.append(error)
+
+    # torch waits without end for an answer of whatever else listens there, so the wait is our own
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds + MARGIN_SECONDS)
+    result = found[0] if found else None
+    if result is None or isinstance(result, RuntimeError):
+        raise ConfigError(_meeting_problem(rank, place, seconds, result)) from result
+    return result
+
+
+def _check_address(rank: Rank, timeout: timedelta) -> str:
+    """`MASTER_ADDR:MASTER_PORT` of the environment, after checking that it can be asked for."""
+    address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "")
+    if not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ConfigError(f"MASTER_PORT={port} in the environment must be a port from 1 to 65535; give --master-port, "
+                          "or start the ranks with modellink launch or torchrun.")
+    end = time.monotonic() + min(RESOLVE_SECONDS, timeout.total_seconds())
+    while True:
+        try:
+            socket.getaddrinfo(address, int(port))
+            return f"{address}:{port}"
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(f"--master-addr {address}: rank {rank.rank} cannot resolve this name "
+                                  f"({error.strerror or error}); give the name or address of node 0.") from error
+        time.sleep(1.0)
+
+
+def _meeting_problem(rank: Rank, place: str, seconds: float, error: RuntimeError | None) -> str:
+    said = "" if error is None else str(error)
+    port = place.rpartition(":")[2]
+    joined = re.search(r"(\d+)/(\d+) clients joined", said)
+    if "EADDRINUSE" in said:
+        return f"--master-port {port}: is in use on this node; choose another, the same on every node."
+    if error is not None and "failed to listen" in said:
+        return (f"--master-port {port}: cannot be used on this node ({first_words(error)}); choose another, the same "
+                "on every node.")
+    if joined is not None or rank.rank == 0 and error is None:
+        count = f"{joined[1]} of {joined[2]}" if joined is not None else f"some of {rank.world_size}"
+        return (f"only {count} ranks joined within {seconds:g} s (--distributed-timeout-minutes): "
+                f"see that every node was started, with {SAME_FLAGS}, and look into the logs of the missing ones.")
+    if error is None or "timed out" in said or "failed to connect" in said:
+        return (f"rank {rank.rank} of {rank.world_size} got no answer from rank 0 at {place} within {seconds:g} s "
+                f"(--distributed-timeout-minutes): see that node 0 was started, with {SAME_FLAGS}, and that no "
+                "firewall is between.")
+    return (f"rank {rank.rank} of {rank.world_size} cannot join the job at {place}: {first_words(error)}; use "
+            f"{SAME_FLAGS}.")

@@ -1,0 +1,48 @@
+"""Starts a run on the simulated NPU under torchrun and writes what its process groups were made with.
+
+`python runtime_worker.py FOLDER ARGUMENTS...`: FOLDER/RANK.json receives HCCL's configuration of each group, its
+timeout in seconds, and the environment of HCCL.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import torch.distributed as dist  # noqa: E402
+from simulator import simulated_npu  # noqa: E402
+
+from modellink.config.settings import parse_settings  # noqa: E402
+from modellink.runtime import prepare_run  # noqa: E402
+from modellink.start import start  # noqa: E402
+
+
+def described(group: Any) -> dict[str, Any] | None:
+    return None if group.options is None else {"config": group.options.hccl_config,
+                                               "class": type(group.options).__qualname__}
+
+
+def main(folder: str, arguments: list[str]) -> None:
+    with simulated_npu():
+        start(prepare_run(parse_settings("worker", "", arguments), int(os.environ["WORLD_SIZE"]), "train"))
+        from megatron.core import parallel_state
+
+        found = {
+            "world": described(dist.distributed_c10d._get_default_group()),
+            "tp": described(parallel_state.get_tensor_model_parallel_group()),
+            "dp": described(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+            "mp": described(parallel_state.get_model_parallel_group()),
+        }
+        environment = {name: os.environ.get(name) for name in (
+            "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "HCCL_DETERMINISTIC")}
+        path = Path(folder) / f"{os.environ['RANK']}.json"
+        path.write_text(json.dumps({"groups": found, "environment": environment}))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

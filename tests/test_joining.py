@@ -1,0 +1,168 @@
+"""Devices that cannot be used and jobs whose ranks do not find each other: one sentence each, in bounded time."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from ladder import REPO
+
+from modellink.config import ConfigError
+from modellink.device.network import interface_problem
+from modellink.device.select import select_device
+from modellink.device.visible import visibility_problem
+from modellink.launch.report import Failure, first_failure
+from modellink.parallel import join as joining
+from modellink.parallel.join import Rank, check_devices, join
+
+SECONDS = 2.0
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that answers nobody: something listens, and never speaks."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def problem_of_joining(monkeypatch: pytest.MonkeyPatch, rank: int, **environment: str) -> str:
+    """The one sentence with which a rank of two gives up, within the timeout and torch's margin."""
+    monkeypatch.setattr(joining, "MARGIN_SECONDS", 3.0)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", **environment}.items():
+        monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as error:
+        join(select_device("cpu"), Rank(rank, 2, rank, 2), timedelta(seconds=SECONDS))
+    assert time.monotonic() - start < SECONDS + 5 and not dist.is_initialized()
+    (sentence,) = error.value.problems
+    return sentence
+
+
+def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    sentence = problem_of_joining(monkeypatch, 0, MASTER_PORT=str(port))
+    assert sentence == f"--master-port {port}: is in use on this node; choose another, the same on every node."
+
+
+def test_something_else_listens_at_the_address(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    assert f"rank 1 of 2 got no answer from rank 0 at 127.0.0.1:{port} within 2 s" in problem_of_joining(
+        monkeypatch, 1, MASTER_PORT=str(port))
+
+
+def test_nobody_listens_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "got no answer from rank 0 at 127.0.0.1:" in problem_of_joining(monkeypatch, 1, MASTER_PORT=str(free_port()))
+
+
+def test_an_address_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    # TEST-NET-1 of RFC 5737, which no network routes
+    assert "got no answer from rank 0 at 192.0.2.1:" in problem_of_joining(
+        monkeypatch, 1, MASTER_ADDR="192.0.2.1", MASTER_PORT=str(free_port()))
+
+
+def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--master-addr no-such-host.invalid: rank 1 cannot resolve this name" in problem_of_joining(
+        monkeypatch, 1, MASTER_ADDR="no-such-host.invalid", MASTER_PORT=str(free_port()))
+
+
+def test_a_rank_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "only 1 of 2 ranks joined within" in problem_of_joining(monkeypatch, 0, MASTER_PORT=str(free_port()))
+
+
+@pytest.mark.parametrize("word", ["", "0", "70000", "http"])
+def test_a_port_that_is_none(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    assert f"MASTER_PORT={word} in the environment must be a port" in problem_of_joining(
+        monkeypatch, 1, MASTER_PORT=word)
+
+
+def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = problem_of_joining(monkeypatch, 0, MASTER_PORT=str(free_port()), GLOO_SOCKET_IFNAME="lo,nosuch0")
+    assert sentence.startswith("GLOO_SOCKET_IFNAME=lo,nosuch0: this machine has no network interface nosuch0; set it")
+
+
+THERE = ("lo", "eth0", "eth1", "ib0")
+
+
+@pytest.mark.parametrize("backend, value, fits", [
+    ("gloo", "", True), ("gloo", "eth0", True), ("gloo", "eth", False), ("gloo", "eth0,ib0", True),
+    ("gloo", "eth0,ib1", False), ("nccl", "eth", True), ("nccl", "=eth", False), ("nccl", "=eth0,wlan0", True),
+    ("nccl", "^docker", True), ("nccl", "wlan,bond", False), ("hccl", "ib,wlan", True), ("hccl", "en", False)])
+def test_how_backends_read_interfaces(backend: str, value: str, fits: bool) -> None:
+    variable = f"{backend.upper()}_SOCKET_IFNAME"
+    problem = interface_problem(backend, {variable: value}, THERE)
+    assert (problem is None) == fits
+    assert fits or (problem or "").startswith(f"{variable}={value}: ") and "eth0, eth1, ib0, lo" in (problem or "")
+
+
+@pytest.mark.parametrize("environment, said", [
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
+    ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one in the environment must be whole numbers")])
+def test_an_environment_that_contradicts_itself(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str],
+                                                said: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        Rank.from_environment()
+
+
+def test_a_cpu_serves_any_number_of_ranks() -> None:
+    check_devices(select_device("cpu"), Rank(7, 8, 7, 8))
+
+
+def test_a_whole_program_ends_with_the_sentence(port: int) -> None:
+    environment = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="2",
+                       LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, "pretrain_gpt.py", "--model", "qwen15-0.5b", "--mock-data", "--seq-length", "16",
+         "--train-iters", "1", "--lr", "1e-3", "--device", "cpu"], cwd=REPO, env=environment, capture_output=True,
+        text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: --master-port {port}: is in use on this node; choose another, the same on every node."]
+
+
+def test_a_sentence_is_a_cause_of_its_own(tmp_path: Path) -> None:
+    """The words of a rank that could not connect are no consequence of another's failure."""
+    (tmp_path / "0.log").write_text("error: gloo does not start on rank 0 of 2: Connection refused; see that ...\n")
+    (tmp_path / "1.log").write_text("Traceback (most recent call last):\nRuntimeError: Connection closed by peer\n")
+    failures = [Failure(1, 1, 1.0, tmp_path / "1.log"), Failure(0, 2, 2.0, tmp_path / "0.log")]
+    assert first_failure(failures) == (failures[1], True)
+
+
+@pytest.mark.parametrize("value, ascending, said", [
+    (None, True, None), ("0,1,2", True, None), ("0,2,10", True, None), ("", False, "hides every device"),
+    ("-1", False, "hides every device"), ("GPU-8932f937,1", False, None), ("1,0", True, "rising order"),
+    ("0, 1", True, "rising order"), ("0,0", True, "rising order"), ("a", True, "rising order")])
+def test_what_the_visible_devices_say(value: str | None, ascending: bool, said: str | None) -> None:
+    problem = visibility_problem("VISIBLE", {} if value is None else {"VISIBLE": value}, ascending=ascending)
+    assert problem is None if said is None else problem is not None and said in problem and f"'{value}'" in problem
+
+
+OTHER = """
+from torch.utils import backend_registration
+backend_registration._setup_privateuseone_for_python_backend("other")
+from modellink.config import ConfigError
+from modellink.device.select import select_device
+assert select_device("auto").name == "cpu"
+try:
+    select_device("npu")
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_another_accelerator_in_torch_is_named() -> None:
+    done = subprocess.run([sys.executable, "-c", OTHER], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("--device npu: this torch works with other (torch.accelerator."), done.stderr
