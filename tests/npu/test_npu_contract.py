@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only  # noqa: E402
 
 from modellink.device import npu  # noqa: E402
 from modellink.device.select import select_device  # noqa: E402
+from modellink.doctor import main as doctor  # noqa: E402
 from modellink.ops.npu.calls import CALLS, Call  # noqa: E402
 
 OWN_LIST = Path(torch_npu.__file__).parent / "csrc/aten/npu_native_functions_by_codegen.yaml"
@@ -190,6 +191,17 @@ def test_no_device_is_one_sentence() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO,
                           env=dict(os.environ, NPU_STUB_DEVICES="0"))
     assert "--device npu: torch_npu sees no usable NPU" in done.stdout, done.stderr
+
+
+def test_doctor_says_which_forms_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(["--device", "npu"]) == 0
+    said = capsys.readouterr().out
+    for words in ("npu: usable, 2 visible, Ascend910B1", "chosen: npu", "torch_npu: 2.13.0", "rms_norm: npu_rms_norm\n",
+                  "rotary: npu_rotary_mul\n", "swiglu: npu_swiglu\n", "attention: npu_fusion_attention (SBH",
+                  "cached_attention: npu_fused_infer_attention_score (BNSD)\n", "adamw: torch's fused AdamW\n",
+                  "not MC2, npu_all_gather_base_mm: --use-mc2 is off", "mindspeed: not installed; used: npu_matmul_add",
+                  "apex: not installed; used: nothing of it"):
+        assert words in said, words
 
 
 def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -17,12 +17,12 @@ from tiny import save_tiny  # noqa: E402
 from modellink.data.indexed import IndexedWriter  # noqa: E402
 
 STEPS, VOCAB = 8, 1003
-PRODUCT = "Ascend950DT_9591"  # the one that npu_grouped_matmul_add_ is documented for
+PRODUCT = "Ascend950DT"  # the one that npu_grouped_matmul_add_ is documented for
 TP2SP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 ZERO = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 MC2, FUSED, MINDSPEED = ["--use-mc2"], ["--gradient-accumulation-fusion"], ["--use-mindspeed-ops"]
 # a scale that overflows: AdamW on the NPU takes no found_inf, the step must be left out before it
-FP16 = ["--fp16", "--initial-loss-scale", str(2.0**19), "--hysteresis", "1", "--loss-scale-window", "3"]
+FP16 = ["--fp16", "--initial-loss-scale", str(2.0**16), "--hysteresis", "1", "--loss-scale-window", "2"]
 # name: (weights, ranks, flags); MC2's products need a width of 256 on each rank
 REFERENCES = {
     "wide": ("wide", 1, []), "small": ("small", 1, []), "wide-bf16": ("wide", 1, ["--bf16"]),
@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     run_cases([words(name, weights, flags, "cpu") for name, (weights, _, flags) in REFERENCES.items()], 1, base)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NPU_STUB_PRODUCT", PRODUCT)
+        patch.setenv("PRODUCT", PRODUCT)
         patch.setenv("EVERY_DTYPE", "1")  # for WHOLE: in fp32 a wrong wiring cannot hide behind roundings
         for world in (1, 2):
             run_cases([words(name, weights, flags, "npu") for name, (weights, size, flags, _) in (WHOLE | HALF).items()
@@ -96,21 +96,28 @@ def test_losses_in_fp32_equal_those_of_the_cpu(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_differs_by_its_rounding(name: str, key: str, folder: Path) -> None:
+    """Both devices round the run in fp32, each in a direction of its own.
+
+    So they differ by at most the sum of two such distances; the CPU's in bf16 is measured here, and a third one is
+    allowed for chance. fp16 keeps 3 bits more. (A run that leaves out steps has no such fp32 run beside it.)
+    """
     weights, _, _, reference = HALF[name]
-    whole, cpu, npu = (np.array(column(folder, run, key)) for run in (
-        f"{weights}.cpu", f"{reference}.cpu", f"{name}.npu"))
-    finite = np.isfinite(cpu)
-    assert (np.isfinite(npu) == finite).all()
-    print(name, key, abs(npu - cpu)[finite].max(), abs(cpu - whole)[finite].max(), abs(npu-whole)[finite].max())
+    whole, rounded, cpu, npu = (np.array(column(folder, run, key)) for run in (
+        f"{weights}.cpu", f"{weights}-bf16.cpu", f"{reference}.cpu", f"{name}.npu"))
+    limit = 3 * abs(rounded - whole).max() / (8 if "fp16" in name else 1)
+    taken = np.array(column(folder, f"{reference}.cpu", "skipped")) == 0.0
+    assert abs(npu - cpu)[taken].max() < limit
+    assert limit < 0.02 * whole.max()
+    assert "fp16" in name or taken.all()
 
 
 @pytest.mark.parametrize("name", [name for name in HALF if name.startswith("fp16")])
 def test_the_loss_scale_moves_and_overflowing_steps_are_left_out(name: str, folder: Path) -> None:
     skipped, scales = (column(folder, f"{name}.npu", key) for key in ("skipped", "loss_scale"))
     assert (skipped, scales) == tuple(column(folder, "small-fp16.cpu", key) for key in ("skipped", "loss_scale"))
-    assert skipped[0] == 1.0 and skipped[-1] == 0.0
-    ups = [after / before for before, after in pairwise(scales)]
-    assert {0.5, 2.0} <= set(ups) <= {0.5, 1.0, 2.0}
+    assert set(skipped) == {0.0, 1.0}
+    factors = [after / before for before, after in pairwise(scales)]
+    assert {0.5, 2.0} <= set(factors) <= {0.5, 1.0, 2.0}
 
 
 def test_the_operators_ran_under_our_own_nodes(folder: Path) -> None:

@@ -6,7 +6,7 @@ from npu_environment import require_simulation
 require_simulation()
 
 from collections.abc import Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
+from contextlib import contextmanager, nullcontext  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -64,9 +64,15 @@ def started(model: str, layout: str, ranks: int) -> Iterator[tuple[Run, Device]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(ranks))
         if ranks > 1:
+            new_group = dist.new_group
+            patch.setattr(dist, "new_group", lambda *args, **options: new_group(*args, **options | {"backend": "fake"}))
             dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         with simulated_npu():
             device = start(run)
+        from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+        # its states are numbers in memory, which fake tensors do not have; the models have no dropout
+        patch.setattr(CudaRNGStatesTracker, "fork", lambda *args: nullcontext())
         yield run, device
         stop_groups()
 
