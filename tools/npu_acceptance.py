@@ -37,10 +37,13 @@ SMALL: dict[str, Any] = {"vocab_size": 1003, "hidden_size": 512, "intermediate_s
 PRECISIONS: dict[str, list[str]] = {"fp32": ["--fp32"], "bf16": ["--bf16"],
                                     "fp16": ["--fp16", "--initial-loss-scale", "65536"]}
 TP2SP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
-# layouts of the curve on two accelerators
-LAYOUTS: dict[str, list[str]] = {
-    "TP2 SP": TP2SP, "TP2 SP MC2": [*TP2SP, "--use-mc2"], "PP2": ["--pipeline-model-parallel-size", "2"],
-    "DP2": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+# curves: precision, ranks, flags; the first ones are also run on the CPU
+CURVES: dict[str, tuple[str, int, list[str]]] = {
+    **{precision: (precision, 1, []) for precision in PRECISIONS},
+    "bf16-tp2-sp": ("bf16", 2, TP2SP),
+    "bf16-tp2-sp-mc2": ("bf16", 2, [*TP2SP, "--use-mc2"]),
+    "bf16-pp2": ("bf16", 2, ["--pipeline-model-parallel-size", "2"]),
+    "bf16-dp2": ("bf16", 2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
 }
 # variables that change what an NPU does, for the report
 SETTINGS = ("ASCEND_", "HCCL_", "PYTORCH_NPU_", "PYTORCH_ALLOC", "TASK_QUEUE_", "TORCH_NPU_", "CUDA_", "NCCL_", "OMP_")
@@ -57,6 +60,8 @@ class Options:
     model: str = flag("qwen15-0.5b", "preset or folder whose memory and speed are measured")
     seq_length: int = flag(4096, "its sequence length")
     steps: int = flag(20, "training steps of every run")
+    curves: list[str] | None = flag(None, "the loss curves to run (default: all that the ranks allow)", nargs="+",
+                                    choices=list(CURVES))
     runner: str | None = flag(None, "a script that starts every process; tests/npu/simulate.py for the simulated NPU")
     part: str = flag("all", "one part only", choices=["all", "operators", "collectives", "curve", "speed"])
 
@@ -96,11 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(rows: list[Row], title: str) -> None:
-    print(f"{title}\n{'part':<12}{'case':<76}{'value':>12}  {'unit':<18}{'limit':>9}  verdict")
+    width = max(len(row.case) for row in rows)
+    print(f"{title}\n{'part':<13}{'case':<{width}}{'value':>12}  {'unit':<15}{'limit':>9}  verdict")
     for row in rows:
         value = "n/a" if row.value is None else f"{row.value:.4g}"
-        limit = "" if row.limit is None else f"{row.limit:g}"
-        print(f"{row.part:<12}{row.case:<76}{value:>12}  {row.unit:<18}{limit:>9}  {row.verdict}")
+        limit = "" if row.limit is None else f"{row.limit:.3g}"
+        print(f"{row.part:<13}{row.case:<{width}}{value:>12}  {row.unit:<15}{limit:>9}  {row.verdict}")
 
 
 def run(options: Options, name: str, words: list[str], ranks: int = 1, *, simulated: bool = True) -> None:
@@ -152,21 +158,20 @@ def curve_rows(options: Options, ranks: int) -> list[Row]:
     def losses(name: str, device: str, flags: list[str], ranks: int = 1) -> list[float]:
         words = ["--load", str(folder), "--finetune", "--seq-length", "128", "--micro-batch-size", "2",
                  "--global-batch-size", "4", "--lr", "1e-3", *flags]
-        name = f"curve-{name.replace(' ', '-')}-{device}"
-        return [record["loss"] for record in train(options, name, device, words, ranks)]
+        return [record["loss"] for record in train(options, f"curve-{name}-{device}", device, words, ranks)]
 
-    expected = {precision: losses(precision, "cpu", flags) for precision, flags in PRECISIONS.items()}
-    # roundings move the CPU's own curve by so much, and may move the device's by as much in another direction
-    moved = {precision: largest(expected["fp32"], found) for precision, found in expected.items()}
-    runs = [(precision, precision, flags, 1) for precision, flags in PRECISIONS.items()]
-    if ranks > 1:
-        runs += [(f"bf16 {name}", "bf16", [*PRECISIONS["bf16"], *flags], 2) for name, flags in LAYOUTS.items()]
+    asked = {name: CURVES[name] for name in options.curves or CURVES if CURVES[name][1] <= ranks}
+    precisions = ["fp32", *sorted({precision for precision, _, _ in asked.values()} - {"fp32"})]
+    expected = {precision: losses(precision, "cpu", PRECISIONS[precision]) for precision in precisions}
     rows = []
-    for name, precision, flags, count in runs:
-        limit = CURVE_LIMIT if precision == "fp32" else ROUNDINGS * moved[precision]
+    for name, (precision, count, flags) in asked.items():
+        # roundings move the CPU's own curve by so much, and may move the device's by as much in another direction
+        moved = largest(expected["fp32"], expected[precision])
+        limit = CURVE_LIMIT if precision == "fp32" else ROUNDINGS * moved
         try:
-            worst = largest(expected[precision], losses(name, options.device, flags, count))
-            rows.append(Row("curve", f"{options.steps} losses against the CPU, {name}", worst, "difference", limit))
+            found = losses(name, options.device, [*PRECISIONS[precision], *flags], count)
+            rows.append(Row("curve", f"{options.steps} losses against the CPU, {name}",
+                            largest(expected[precision], found), "difference", limit))
         except ConfigError as error:
             rows.append(Row("curve", str(error), None, "", limit))
     return rows

@@ -93,9 +93,10 @@ def test_answers_equal_those_of_the_cpu(name: str, found: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in EXACT])
 def test_likelihoods_in_bf16_differ_by_their_rounding(name: str, found: dict[str, Any]) -> None:
+    """Both devices round the answers in fp32: they differ by at most two such distances, and a third for chance."""
     whole, cpu, npu = (flat(run["logprobs"]) for run in (found["cpu"]["fp32"], found["cpu"]["bf16"],
                                                          found["npu"][name]))
-    print(name, abs(npu - cpu).max(), abs(cpu - whole).max(), abs(npu - whole).max())
+    assert abs(npu - cpu).max() < 3 * abs(cpu - whole).max() < 0.02 * abs(whole).max()
 
 
 def test_the_operators_ran(found: dict[str, Any]) -> None:
