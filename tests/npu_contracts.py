@@ -5,6 +5,7 @@ and refuse what these pages exclude. `kernels()` and `SCHEMAS` are plain data, u
 `contracts()` registers them in a namespace of their own and puts a module `torch_npu` with these operators in place.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -114,14 +115,18 @@ def swiglu_backward(dy: Tensor, x: Tensor, dim: int = -1) -> Tensor:
     return torch.cat((dy * up * (sigmoid + gate * sigmoid * (1 - sigmoid)), dy * gate * sigmoid), dim).to(x.dtype)
 
 
+@functools.cache
+def _compressed_mask() -> Tensor:
+    return torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
+
+
 def _hidden(mask: Tensor | None, mode: int, rows: int, columns: int) -> Tensor:
     """What a query does not see, broadcastable to [batch, heads, rows, columns]."""
     if mask is None:
         return torch.zeros(rows, columns, dtype=torch.bool)
     _need(mask.dtype in (torch.bool, torch.uint8), "masks are bool or uint8")
     if mode in (2, 3):
-        _need(mask.shape == (2048, 2048) and bool((mask.bool() == torch.ones_like(mask).triu(1).bool()).all()),
-              "sparse modes 2 and 3 take the compressed mask")
+        _need(torch.equal(mask.bool(), _compressed_mask()), "sparse modes 2 and 3 take the compressed mask")
         return torch.ones(rows, columns, dtype=torch.bool).triu(1 if mode == 2 else columns - rows + 1)
     _need(mode in (0, 1) and mask.shape[-2:] == (rows, columns), "a whole mask has the size of the scores")
     return mask.bool()
