@@ -5,11 +5,13 @@ and refuse what these pages exclude. `kernels()` and `SCHEMAS` are plain data, u
 `contracts()` registers them in a namespace of their own and puts a module `torch_npu` with these operators in place.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -60,17 +62,32 @@ def _need(condition: bool, rule: str) -> None:
         raise RuntimeError(f"contract: {rule}")
 
 
+@contextmanager
+def every_dtype() -> Iterator[None]:
+    """Inside the block the operators, and our limits of the products, take fp32 and fp64 too: what is wired wrongly
+    can then be told from what is rounded."""
+    from modellink.ops.npu import limits
+
+    wide = (*FLOATS, torch.float64)
+    with patch.multiple(sys.modules[__name__], HALF=wide, FLOATS=wide), patch.object(limits, "HALF", wide):
+        yield
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     _need(x.dtype in FLOATS and gamma.dtype in (x.dtype, torch.float32) and gamma.shape == x.shape[-1:], "rms_norm")
-    wide = x.float()
+    wide = _wide(x)
     rstd = (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-    return (wide * rstd * gamma.float()).to(x.dtype), rstd
+    return (wide * rstd * _wide(gamma)).to(x.dtype), rstd
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    unit, slope = x.float() * rstd, dy.float() * gamma.float()
+    unit, slope = _wide(x) * rstd, _wide(dy) * _wide(gamma)
     dx = rstd * (slope - unit * (slope * unit).mean(-1, keepdim=True))
-    return dx.to(x.dtype), (dy.float() * unit).flatten(0, -2).sum(0).to(gamma.dtype)
+    return dx.to(x.dtype), (_wide(dy) * unit).flatten(0, -2).sum(0)  # in fp32 whatever the weight's dtype is
 
 
 def _turn(x: Tensor) -> Tensor:
@@ -88,14 +105,19 @@ def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half") -> 
 
 def swiglu(x: Tensor, dim: int = -1) -> Tensor:
     _need(x.is_contiguous() and x.shape[dim] % 2 == 0 and x.dtype in FLOATS, "swiglu input")
-    gate, up = x.float().chunk(2, dim)
+    gate, up = _wide(x).chunk(2, dim)
     return (gate * gate.sigmoid() * up).to(x.dtype)
 
 
 def swiglu_backward(dy: Tensor, x: Tensor, dim: int = -1) -> Tensor:
-    gate, up = x.float().chunk(2, dim)
-    dy, sigmoid = dy.float(), gate.sigmoid()
+    gate, up = _wide(x).chunk(2, dim)
+    dy, sigmoid = _wide(dy), gate.sigmoid()
     return torch.cat((dy * up * (sigmoid + gate * sigmoid * (1 - sigmoid)), dy * gate * sigmoid), dim).to(x.dtype)
+
+
+@functools.cache
+def _compressed_mask() -> Tensor:
+    return torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
 
 
 def _hidden(mask: Tensor | None, mode: int, rows: int, columns: int) -> Tensor:
@@ -104,8 +126,7 @@ def _hidden(mask: Tensor | None, mode: int, rows: int, columns: int) -> Tensor:
         return torch.zeros(rows, columns, dtype=torch.bool)
     _need(mask.dtype in (torch.bool, torch.uint8), "masks are bool or uint8")
     if mode in (2, 3):
-        _need(mask.shape == (2048, 2048) and bool((mask.bool() == torch.ones_like(mask).triu(1).bool()).all()),
-              "sparse modes 2 and 3 take the compressed mask")
+        _need(torch.equal(mask.bool(), _compressed_mask()), "sparse modes 2 and 3 take the compressed mask")
         return torch.ones(rows, columns, dtype=torch.bool).triu(1 if mode == 2 else columns - rows + 1)
     _need(mode in (0, 1) and mask.shape[-2:] == (rows, columns), "a whole mask has the size of the scores")
     return mask.bool()
@@ -117,7 +138,7 @@ def _heads_first(x: Tensor, layout: str, head_dim: int) -> Tensor:
         x = x.unflatten(2, (-1, head_dim)).permute(1, 2, 0, 3)
     elif layout == "TND":
         x = x.transpose(0, 1)[None]
-    return x.float()
+    return _wide(x)
 
 
 def _samples(query: Tensor, layout: str, q_ends: Any, kv_ends: Any) -> list[tuple[slice, slice]]:
@@ -143,7 +164,7 @@ def fusion_attention(query: Tensor, key: Tensor, value: Tensor, head_num: int, i
     q, k, v = (_heads_first(x, input_layout, head_dim) for x in (query, key, value))
     _need(q.shape[1] == head_num and head_num % k.shape[1] == 0 and head_num <= 256, "attention heads")
     repeat = head_num // k.shape[1]
-    out, top, total = torch.empty_like(q), *(torch.empty(*q.shape[:-1], 8) for _ in range(2))
+    out, top, total = torch.empty_like(q), *(q.new_empty(*q.shape[:-1], 8) for _ in range(2))
     for rows, columns in _samples(query, input_layout, actual_seq_qlen, actual_seq_kvlen):
         scores = q[:, :, rows] @ k[:, :, columns].repeat_interleave(repeat, 1).transpose(-1, -2) * scale
         scores = scores.masked_fill(_hidden(atten_mask, sparse_mode, *scores.shape[-2:]), float("-inf"))
@@ -195,9 +216,9 @@ def fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, *, at
     if query.shape[2] == 1 and atten_mask is not None:
         _need(sparse_mode == 0 and atten_mask.shape[-1] == key.shape[2], "a step of decoding takes a whole mask")
     repeat = num_heads // key.shape[1]
-    scores = query.float() @ key.float().repeat_interleave(repeat, 1).transpose(-1, -2) * scale
+    scores = _wide(query) @ _wide(key).repeat_interleave(repeat, 1).transpose(-1, -2) * scale
     scores = scores.masked_fill(_hidden(atten_mask, sparse_mode, *scores.shape[-2:]), float("-inf"))
-    out = scores.softmax(-1) @ value.float().repeat_interleave(repeat, 1)
+    out = scores.softmax(-1) @ _wide(value).repeat_interleave(repeat, 1)
     return out.to(query.dtype), query.new_empty(0, dtype=torch.float32)
 
 
@@ -208,7 +229,7 @@ def grouped_matmul_add_(total: Tensor, x: Tensor, weight: Tensor, group_list: Te
     _need(group_list.dtype == torch.int64 and group_list.shape == (total.shape[0],), "one end for each group")
     ends = group_list.tolist()
     for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        total[index] += x[start:end].float().t() @ weight[start:end].float()
+        total[index] += _wide(x[start:end]).t() @ _wide(weight[start:end])
     return total
 
 
@@ -233,8 +254,9 @@ def mm_reduce_scatter_base(x: Tensor, x2: Tensor, hcom: str, ranks: int, *, redu
                            bias: Tensor | None = None, comm_turn: int = 0) -> Tensor:
     _need(bias is None and reduce_op == "sum" and x.shape[0] % ranks == 0, "a sum without bias")
     group = _mc2(x, x2, hcom, ranks)
-    out = x.new_empty(x.shape[0] // ranks, x2.shape[1], dtype=torch.float32)
-    dist.reduce_scatter_tensor(out, x.float() @ x2.float(), group=group)
+    product = _wide(x) @ _wide(x2)
+    out = product.new_empty(x.shape[0] // ranks, x2.shape[1])
+    dist.reduce_scatter_tensor(out, product, group=group)
     return out.to(x.dtype)
 
 

@@ -1,14 +1,16 @@
 """The NPU forms on the CPU, over operator contracts: numbers against the references, keywords, limits, a model."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from npu_contracts import contracts
+from npu_contracts import contracts, every_dtype
 from test_ops_reference import assert_same, leaf
+from torch.autograd import gradcheck
 
 import modellink.ops.npu
 from modellink.config import ConfigError
@@ -111,6 +113,25 @@ def test_weight_gradient(operators: Any) -> None:
     torch.testing.assert_close(got, expected)
 
 
+def test_weight_gradient_of_mindspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in of the documented signature: chosen when asked for, in the dtypes that it takes, and right."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "npu" / "stand_in")
+    wishes = frozenset({"use_mindspeed_ops", "gradient_accumulation_fusion"})
+    try:
+        forms = {dtype: next(choice for choice in choose(Situation("npu", "Ascend910B2", dtype, wishes=wishes))
+                             if choice.operation == "weight_gradient") for dtype in (BF16, FP32)}
+        assert forms[BF16].form.run is npu_linear.accumulate_mindspeed
+        assert "not npu_matmul_add_fp32 of mindspeed: it takes float16, bfloat16 and not float32" in str(forms[FP32])
+        x, grad = leaf(11, 5, dtype=BF16).detach(), leaf(11, 3, seed=1, dtype=BF16).detach()
+        got, expected = leaf(3, 5, dtype=FP32).detach(), leaf(3, 5, dtype=FP32).detach()
+        npu_linear.accumulate_mindspeed(x, grad, got)
+        reference.accumulate_weight_gradient(x, grad, expected)
+        torch.testing.assert_close(got, expected)
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "mindspeed"]:
+            del sys.modules[name]
+
+
 def test_the_compressed_mask_is_made_once(operators: Any) -> None:
     """Also when generation asks for it before training."""
     compressed_mask.cache_clear()
@@ -179,6 +200,46 @@ def test_opcheck(operators: Any) -> None:
     ]
     for name, arguments, options in samples:
         torch.library.opcheck(getattr(operators, name).default, arguments, options, test_utils="test_schema")
+    for name, arguments, options in samples[:1] + samples[2:4]:  # those that have a derivative
+        needed = tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
+        torch.library.opcheck(getattr(operators, name).default, needed, options,
+                              test_utils=("test_schema", "test_autograd_registration"))
+
+
+def test_opcheck_of_the_derivatives(operators: Any) -> None:
+    x = leaf(4, 2, 16, dtype=FP32).detach()
+    mask, options = compressed_mask(x.device), {"head_num": 2, "input_layout": "SBH", "sparse_mode": 2}
+    out, top, total, *_ = operators.npu_fusion_attention(x, x + 1, x + 2, **options, atten_mask=mask, scale=0.5)
+    samples: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("npu_rms_norm_backward", (x, x + 1, torch.ones(16), torch.ones(4, 2, 1)), {}),
+        ("npu_swiglu_backward", (x[..., :8].contiguous(), x), {}),
+        ("npu_fusion_attention_grad", (x, x + 1, x + 2, x + 3), {
+            **options, "atten_mask": mask, "softmax_max": top, "softmax_sum": total, "attention_in": out,
+            "scale_value": 0.5}),
+    ]
+    for name, arguments, more in samples:
+        torch.library.opcheck(getattr(operators, name).default, arguments, more, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_numerical_derivatives(operators: Any, groups: int) -> None:
+    """The derivatives that stand in for those of torch_npu, in fp64 through the operators' own autograd."""
+    mask = compressed_mask(torch.device("cpu"))
+    packed = [leaf(3, 1, count, 2, seed=seed) for seed, count in enumerate((4, groups, groups))]
+    inputs = [x.flatten(2).detach().requires_grad_() for x in packed]
+    ends = {"actual_seq_qlen": [1, 3], "actual_seq_kvlen": [1, 3]}
+    with every_dtype():
+        assert gradcheck(lambda *x: operators.npu_fusion_attention(
+            *x, head_num=4, input_layout="SBH", atten_mask=mask, scale=0.5, sparse_mode=2)[0], inputs)
+        assert gradcheck(lambda *x: operators.npu_fusion_attention(
+            *(each[:, 0] for each in x), head_num=4, input_layout="TND", atten_mask=mask, scale=0.5, sparse_mode=2,
+            **ends)[0], packed)
+        assert gradcheck(lambda x, w: operators.npu_rms_norm(x, w, epsilon=1e-5)[0], (leaf(3, 2, 6), leaf(6, seed=1)))
+        assert gradcheck(operators.npu_swiglu, (leaf(2, 3, 8),))
+        table = rotary_table(5, 8, 1e4, dtype=torch.float64)
+        assert gradcheck(lambda x: operators.npu_rotary_mul(  # torch's own derivative of its formula, as a check of it
+            x, table[:, None, None, 0].repeat(1, 1, 1, 2), table[:, None, None, 1].repeat(1, 1, 1, 2)),
+            (leaf(5, 1, 2, 8),))
 
 
 def test_every_call_is_in_the_table() -> None:

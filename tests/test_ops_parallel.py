@@ -70,10 +70,19 @@ def worker(rank: int, folder: str) -> None:
     npu_contracts.COMMUNICATORS["two"] = dist.group.WORLD
     found = {f"reference {name}": pair for name, pair in linears(
         rank, torch.float64, reference.column_linear, reference.row_linear).items()}
-    with npu_contracts.contracts():
-        found |= {f"mc2 {name}": pair for name, pair in linears(
-            rank, torch.bfloat16, lambda x, w, group: ColumnLinear.apply(x, w, group, "two"),
-            lambda x, w, group: RowLinear.apply(x, w, group, "two")).items()}
+    def column(x: torch.Tensor, weight: torch.Tensor, group: Any) -> torch.Tensor:
+        return ColumnLinear.apply(x, weight, group, "two")
+
+    def row(x: torch.Tensor, weight: torch.Tensor, group: Any) -> torch.Tensor:
+        return RowLinear.apply(x, weight, group, "two")
+
+    with npu_contracts.contracts() as operators:
+        found |= {f"mc2 {name}": pair for name, pair in linears(rank, torch.bfloat16, column, row).items()}
+        with npu_contracts.every_dtype():
+            found |= {f"mc2 fp64 {name}": pair for name, pair in linears(rank, torch.float64, column, row).items()}
+        factors = tensor(4, 256, seed=7 + rank, dtype=torch.bfloat16), tensor(256, 3, seed=9, dtype=torch.bfloat16)
+        for operator in (operators.npu_all_gather_base_mm, operators.npu_mm_reduce_scatter_base):
+            torch.library.opcheck(operator.default, (*factors, "two", RANKS), test_utils="test_schema")
     found |= {f"reference {name}": pair for name, pair in losses(
         rank, reference.vocab_parallel_cross_entropy).items()}
     found |= {f"chunked {name}": pair for name, pair in losses(rank, vocab_parallel_cross_entropy).items()}
@@ -90,7 +99,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[to
 
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("part", ["value", "input", "weight"])
-@pytest.mark.parametrize(("form", "tolerance"), [("reference", 1e-10), ("mc2", 4e-2)])
+@pytest.mark.parametrize(("form", "tolerance"), [("reference", 1e-10), ("mc2", 4e-2), ("mc2 fp64", 1e-10)])
 def test_linear(form: str, tolerance: float, part: str, kind: str, results: list[dict[str, Any]]) -> None:
     for found in results:
         got, expected = found[f"{form} {kind} {part}"]

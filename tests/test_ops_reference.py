@@ -224,6 +224,9 @@ def test_a_choice_says_why_faster_forms_do_not_run() -> None:
     assert "not npu_rotary_mul: it takes even head sizes below 896 and not 1024" in lines
     assert "not MC2, npu_all_gather_base_mm: --use-mc2 is off" in lines
     assert "not npu_matmul_add_fp32 of mindspeed: --use-mindspeed-ops is off" in lines
+    assert "  mindspeed: not installed; used: npu_matmul_add_fp32, only with --use-mindspeed-ops" in lines
+    assert "  apex: not installed; used: nothing of it" in lines
+    assert "apex" not in "\n".join(describe(Situation("cpu")))
 
 
 def test_the_whole_npu_row_for_bf16() -> None:

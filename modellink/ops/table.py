@@ -8,6 +8,7 @@ from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
 from modellink.ops.npu import attention as npu_attention
 from modellink.ops.npu import limits, pointwise
 from modellink.ops.npu import parallel_linear as npu_linear
+from modellink.ops.npu.companions import companion_lines
 from modellink.ops.npu.library import has_operator
 
 NPU = ("npu",)
@@ -41,7 +42,7 @@ def _mindspeed(situation: Situation) -> str | None:
         importlib.import_module("mindspeed.ops.npu_matmul_add")
     except (ImportError, OSError, RuntimeError) as error:
         return f"mindspeed's operator cannot be imported ({error})"
-    return _accumulates(situation)
+    return _accumulates(situation) or limits.dtype_problem(situation.dtype, limits.HALF)
 
 
 def _accumulates(situation: Situation) -> str | None:
@@ -138,4 +139,5 @@ def describe(situation: Situation) -> list[str]:
     """What `modellink doctor` and a training log say: the situation, then one line for each operation."""
     head = (f"operations for {name_of_dtype(situation.dtype)} and heads of {situation.head_dim} on {situation.device}"
             + (f" ({', '.join(sorted(situation.wishes))})" if situation.wishes else "") + ":")
-    return [head, *(f"  {choice}" for choice in choose(situation))]
+    beside = companion_lines() if situation.device == "npu" else []
+    return [head, *(f"  {line}" for line in [*choose(situation), *beside])]

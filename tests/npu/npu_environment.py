@@ -18,3 +18,13 @@ def require_simulation() -> None:
     if not any(folder and (Path(folder) / "failing.c").exists() for folder in folders):
         pytest.skip("no stub CANN libraries on LD_LIBRARY_PATH; `make test-npu` runs these tests",
                     allow_module_level=True)
+
+
+def without_kernel(operators: set[str]) -> set[str]:
+    """Those of these operators that torch_npu has no kernel for: on an NPU they would run on the CPU, or not at all."""
+    import torch
+
+    # the last two are made of other operators, for every device
+    keys = ("PrivateUse1", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+    return {name for name in operators if not any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)}

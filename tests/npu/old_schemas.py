@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-VERSIONS = ("2.6.0", "2.7.1", "2.9.0", "2.12.0")
+VERSIONS = ("2.6.0", "2.7.1", "2.8.0", "2.9.0", "2.10.0", "2.12.0", "2.14.0")
 MEMBER = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 
 
@@ -18,7 +18,7 @@ def fetch(version: str, target: Path) -> None:
     """Write the operator list of a release; any CPython's wheel will do, nothing of it is run."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-                        "--python-version", "3.10", "--dest", folder, f"torch-npu=={version}"], check=True, timeout=120)
+                        "--python-version", "3.11", "--dest", folder, f"torch-npu=={version}"], check=True, timeout=120)
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             target.write_bytes(wheel.read(MEMBER))
 

@@ -53,12 +53,14 @@ class CpuKernels(TorchDispatchMode):
     Attributes:
         calls: how often each npu:: operator ran.
         nodes: names of the autograd nodes that called npu:: operators in a backward pass.
+        operators: names of all other operators that ran on npu tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, int] = {}
         self.nodes: set[str] = set()
+        self.operators: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -103,6 +105,8 @@ class CpuKernels(TorchDispatchMode):
             on_npu = torch.device(device).type == "npu"
         else:
             on_npu = any(leaf.device.type == "npu" for leaf in leaves)
+        if on_npu and not name.startswith("npu::"):
+            self.operators.add(name)
         return tree_map(lift, func(*tree_map(lower, args), **tree_map(lower, kwargs)))
 
 

@@ -8,6 +8,7 @@ refuses every kernel.
 """
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,10 @@ SOURCE = Path(__file__).with_name("host_runtime.c")
 
 
 def output(*command: str | Path) -> str:
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
+    # what is missing must not be found in an earlier build, or in a real CANN
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True,
+                          check=True).stdout
 
 
 def symbols(path: Path, *options: str) -> set[str]:

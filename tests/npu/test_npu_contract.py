@@ -4,6 +4,7 @@ from npu_environment import require_simulation
 
 require_simulation()
 
+import ast  # noqa: E402
 import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -15,10 +16,15 @@ import npu_contracts  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch_npu  # noqa: E402
+import torch_npu.op_plugin.meta._meta_registrations as meta_kernels  # noqa: E402
 import yaml  # noqa: E402
+from kernels import npu_kernels  # noqa: E402
 from ladder import REPO  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
+from modellink.device import npu  # noqa: E402
 from modellink.device.select import select_device  # noqa: E402
+from modellink.doctor import main as doctor  # noqa: E402
 from modellink.ops.npu.calls import CALLS, Call  # noqa: E402
 
 OWN_LIST = Path(torch_npu.__file__).parent / "csrc/aten/npu_native_functions_by_codegen.yaml"
@@ -87,6 +93,80 @@ def test_operator_contract_is_a_part_of_the_registered_schema(line: str) -> None
     assert [(a.name, str(a.type), a.default_value, a.kwarg_only) for a in known] == expected
 
 
+def operator_samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Operator, with a few words -> arguments on the CPU; also of the backward operators that only torch_npu calls."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    mask = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+    causal: dict[str, Any] = {"atten_mask": mask, "sparse_mode": 2}
+    ends = {"actual_seq_qlen": [5, 12], "actual_seq_kvlen": [5, 12]}
+    x, sbh, tnd = draw(12, 2, 64), [draw(12, 2, n * 16) for n in (4, 2, 2)], [draw(12, n, 16) for n in (4, 2, 2)]
+    rows, step = [draw(2, n, 12, 16) for n in (4, 2, 2)], draw(2, 4, 1, 16)
+    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "npu_rms_norm": ((x, draw(64)), {"epsilon": 1e-6}),
+        "npu_rms_norm_backward": ((x, x, draw(64), draw(12, 2, 1, dtype=torch.float32)), {}),
+        "npu_rotary_mul": ((draw(12, 2, 4, 16), draw(12, 1, 1, 16), draw(12, 1, 1, 16)), {}),
+        "npu_rotary_mul by row": ((draw(12, 2, 4, 16), draw(12, 2, 1, 16), draw(12, 2, 1, 16)), {}),
+        "npu_swiglu": ((x,), {"dim": -1}),
+        "npu_swiglu_backward": ((draw(12, 2, 32), x), {"dim": -1}),
+        "npu_fusion_attention SBH": ((*sbh, 4, "SBH"), {**causal, "scale": 0.25}),
+        "npu_fusion_attention TND": ((*tnd, 4, "TND"), {**causal, **ends, "scale": 0.25}),
+        "npu_fused_infer_attention_score prefill": (tuple(rows), {
+            **causal, "sparse_mode": 3, "num_heads": 4, "num_key_value_heads": 2, "scale": 0.25,
+            "input_layout": "BNSD"}),
+        "npu_fused_infer_attention_score step": ((step, *rows[1:]), {
+            "atten_mask": torch.zeros(2, 1, 1, 12, dtype=torch.bool), "num_heads": 4, "num_key_value_heads": 2,
+            "scale": 0.25, "input_layout": "BNSD"}),
+        "npu_grouped_matmul_add_": ((draw(1, 24, 16, dtype=torch.float32), draw(12, 24), draw(12, 16),
+                                     torch.tensor([12])), {}),
+    }
+    for layout, tensors in (("SBH", sbh), ("TND", tnd)):
+        arguments, options = found[f"npu_fusion_attention {layout}"]
+        out, top, total, *_ = npu_kernels()["npu_fusion_attention"](*arguments, **options)
+        found[f"npu_fusion_attention_grad {layout}"] = ((*tensors, out, 4, layout), {
+            **{name: value for name, value in options.items() if name != "scale"}, "scale_value": 0.25,
+            "softmax_max": top, "softmax_sum": total, "attention_in": out})
+    return found
+
+
+@pytest.mark.parametrize("name", operator_samples())
+def test_our_kernel_gives_the_shapes_and_dtypes_of_torch_npu(name: str) -> None:
+    """What the simulated device computes looks like what torch_npu announces for fake tensors."""
+    meta_kernels._npu_fusion_attention_warning_printed = True  # it would ask the device for its name to give advice
+    arguments, options = operator_samples()[name]
+    operator = name.split()[0]
+    got = npu_kernels()[operator](*arguments, **options)
+    announced = getattr(torch.ops.npu, operator)(*tree_map_only(torch.Tensor, lambda x: x.to("meta"), arguments),
+                                                 **tree_map_only(torch.Tensor, lambda x: x.to("meta"), options))
+
+    def looks(result: Any) -> list[Any]:
+        tensors = [result] if isinstance(result, torch.Tensor) else list(result)
+        return [(tuple(x.shape), x.dtype) for x in tensors if isinstance(x, torch.Tensor) and x.numel()]
+
+    assert looks(got) == looks(announced)
+
+
+def test_mc2_announces_our_shapes() -> None:
+    x, weight = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((6, 256), (256, 10)))
+    product, whole = torch_npu.npu_all_gather_base_mm(x, weight, "name", 2, gather_output=True)
+    assert (tuple(product.shape), tuple(whole.shape), product.dtype) == ((12, 10), (12, 256), torch.bfloat16)
+    out = torch_npu.npu_mm_reduce_scatter_base(x, weight, "name", 2, reduce_op="sum")
+    assert (tuple(out.shape), out.dtype) == ((3, 10), torch.bfloat16)
+
+
+def test_the_device_asks_torch_npu_for_what_it_has() -> None:
+    """Every attribute of torch.npu that modellink.device names."""
+    asked = set()
+    for node in ast.walk(ast.parse(Path(npu.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "namespace":
+            asked.add(node.attr)
+    assert len(asked) >= 8
+    assert [name for name in sorted(asked) if not hasattr(torch.npu, name)] == []
+
+
 def test_the_fused_optimizer_has_a_kernel() -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_adamw_", "PrivateUse1")
 
@@ -111,6 +191,17 @@ def test_no_device_is_one_sentence() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO,
                           env=dict(os.environ, NPU_STUB_DEVICES="0"))
     assert "--device npu: torch_npu sees no usable NPU" in done.stdout, done.stderr
+
+
+def test_doctor_says_which_forms_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(["--device", "npu"]) == 0
+    said = capsys.readouterr().out
+    for words in ("npu: usable, 2 visible, Ascend910B1", "chosen: npu", "torch_npu: 2.13.0", "rms_norm: npu_rms_norm\n",
+                  "rotary: npu_rotary_mul\n", "swiglu: npu_swiglu\n", "attention: npu_fusion_attention (SBH",
+                  "cached_attention: npu_fused_infer_attention_score (BNSD)\n", "adamw: torch's fused AdamW\n",
+                  "not MC2, npu_all_gather_base_mm: --use-mc2 is off", "mindspeed: not installed; used: npu_matmul_add",
+                  "apex: not installed; used: nothing of it"):
+        assert words in said, words
 
 
 def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

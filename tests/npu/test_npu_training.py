@@ -1,6 +1,6 @@
 """Training, resuming, LoRA and generation with `--device npu` on the simulated device equal the cpu device's."""
 
-from npu_environment import WORKER, require_simulation
+from npu_environment import WORKER, require_simulation, without_kernel
 
 require_simulation()
 
@@ -16,6 +16,7 @@ from modellink.data.indexed import IndexedWriter  # noqa: E402
 
 STEPS, SEQ, GBS, VOCAB = 8, 32, 4, 1003
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+VPP = ["--num-layers-per-virtual-pipeline-stage", "1"]
 SP, ZERO = ["--sequence-parallel"], ["--use-distributed-optimizer"]
 LORA = ["--lora-r", "4", "--lora-alpha", "8", "--lora-target-modules", "all-linear"]
 # name: (ranks, flags, reference)
@@ -25,11 +26,16 @@ RUNS: dict[str, tuple[int, list[str], str]] = {
     "tp2": (2, TP2, "plain"),
     "tp2-sp": (2, TP2 + SP, "plain"),
     "pp2": (2, PP2, "plain"),
+    "pp2-vpp2": (2, [*PP2, *VPP], "plain"),
     "dp2-zero": (2, ZERO, "plain"),
     "lora-tp2-sp": (2, [*LORA, *TP2, *SP], "lora"),
 }
 REFERENCES = {"plain": [], "lora": LORA}
 RESUMED = {"one": (1, []), "dp2-zero": (2, ZERO)}
+# a run of TP2 with sequence parallelism is stopped after half of its steps; others go on from its checkpoint
+STOPPED = [*TP2, *SP, *ZERO]
+CONTINUED = {"pp2-vpp2": (2, "npu", [*PP2, *VPP]), "dp2-zero": (2, "npu", ZERO), "one": (1, "npu", []),
+             "cpu": (1, "cpu", [])}
 
 
 def arguments(folder: Path, name: str, device: str, *more: str) -> list[str]:
@@ -51,6 +57,15 @@ def halves(folder: Path, name: str, device: str, flags: list[str]) -> list[list[
     return [whole, first, second]
 
 
+def continued(folder: Path, name: str) -> list[str]:
+    """The second half of the steps, from the checkpoint of another layout."""
+    _, device, flags = CONTINUED[name]
+    words = arguments(folder, f"{name}.continued", device, *flags)
+    words.remove("--finetune")
+    words[1] = str(folder / "stopped")
+    return words
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs: the references on the CPU, the others on the simulated NPU."""
@@ -61,12 +76,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lengths = generator.integers(5, 90, 60)
         writer.append(generator.integers(0, VOCAB, lengths.sum()), lengths)
     run_cases([arguments(base, name, "cpu", *flags) for name, flags in REFERENCES.items()], 1, base)
-    for world in (1, 2):
+    for world in (2, 1):
         cases = [arguments(base, name, "npu", *flags) for name, (size, flags, _) in RUNS.items() if size == world]
         for name, (size, flags) in RESUMED.items():
             if size == world:
                 cases += halves(base, name, "npu", flags)
+        if world == 2:
+            cases.append(arguments(base, "stopped", "npu", *STOPPED, "--exit-interval", str(STEPS // 2), "--save",
+                                   str(base / "stopped"), "--ckpt-format", "torch_dist"))
+        cases += [continued(base, name) for name, (size, device, _) in CONTINUED.items() if (size, device) == (world,
+                                                                                                               "npu")]
         run_cases(cases, world, base, worker=WORKER)
+    run_cases([continued(base, "cpu")], 1, base)
     return base
 
 
@@ -90,9 +111,26 @@ def test_gradients_come_through_the_nodes_of_torch_npu(world: int, folder: Path)
                 "npu::npu_fusion_attention"} <= set(record["calls"])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_torch_npu_has_a_kernel_for_every_operator(world: int, folder: Path) -> None:
+    """Also for what is not fused: an operator without one would run on the CPU of the owner of an NPU."""
+    ran = {name for path in folder.glob(f"cases{world}-*.record") for name in json.loads(path.read_text())["operators"]}
+    assert {"aten::mm", "aten::_fused_adamw_", "aten::embedding_dense_backward"} <= ran
+    assert without_kernel(ran) == set()
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_continues_bit_for_bit(name: str, folder: Path) -> None:
     whole = [record["loss"] for record in read_metrics(folder / f"{name}.whole.npu.jsonl")]
     parts = [record["loss"] for part in ("first", "second")
              for record in read_metrics(folder / f"{name}.{part}.npu.jsonl")]
     assert parts == whole and len(whole) == 4
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_another_layout_or_device_continues_the_run(name: str, folder: Path) -> None:
+    expected = [record["loss"] for record in read_metrics(folder / "plain.cpu.jsonl")]
+    stopped = [record["loss"] for record in read_metrics(folder / "stopped.npu.jsonl")]
+    records = read_metrics(folder / f"{name}.continued.{CONTINUED[name][1]}.jsonl")
+    assert [record["step"] for record in records] == list(range(STEPS // 2 + 1, STEPS + 1))
+    assert stopped + [record["loss"] for record in records] == pytest.approx(expected, abs=1e-5)

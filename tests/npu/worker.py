@@ -1,24 +1,37 @@
 """The worker of `ladder.py` on the simulated NPU: `python worker.py CASES.json`, also under torchrun.
 
-CASES.<rank>.record receives which npu:: operators ran, how often, and the autograd nodes that called them.
+CASES.<rank>.record receives which npu:: operators ran, how often, the autograd nodes that called them, and which other
+operators ran on npu tensors. A stand-in for MindSpeed can be imported. With EVERY_DTYPE=1 the products of MC2 and of
+weight gradients take fp32 too; PRODUCT is what the device says it is.
 """
 
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parent / "stand_in")]
 
 import ladder  # noqa: E402
+from mindspeed.ops import npu_matmul_add  # noqa: E402
+from npu_contracts import every_dtype  # noqa: E402
 from simulator import simulated_npu  # noqa: E402
+
+from modellink.device.npu import NpuDevice  # noqa: E402
 
 
 def main(cases_path: str) -> None:
-    with simulated_npu() as kernels:
+    with simulated_npu() as kernels, ExitStack() as stack:
+        if "EVERY_DTYPE" in os.environ:
+            stack.enter_context(every_dtype())
+        if "PRODUCT" in os.environ:
+            stack.enter_context(patch.object(NpuDevice, "product_name", lambda self: os.environ["PRODUCT"]))
         ladder.main(cases_path)
     record = Path(cases_path).with_suffix(f".{os.environ.get('RANK', 0)}.record")
-    record.write_text(json.dumps({"calls": kernels.calls, "nodes": sorted(kernels.nodes)}))
+    record.write_text(json.dumps({"calls": kernels.calls | {"mindspeed": npu_matmul_add.calls},
+                                  "nodes": sorted(kernels.nodes), "operators": sorted(kernels.operators)}))
 
 
 if __name__ == "__main__":
