@@ -14,6 +14,7 @@ def situation_of(run: Run, device: Device) -> Situation:
     return Situation(
         device.name, device.product_name(), DTYPES[settings.train.precision], model.head_dim,
         model.num_attention_heads // tensor, model.num_query_groups // tensor,
+        model.hidden_size, model.ffn_hidden_size // tensor,
         # what the products reduce over: column layers forward and backward, then row layers forward
         widths=(model.hidden_size, (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim // tensor,
                 2 * model.ffn_hidden_size // tensor, model.num_attention_heads * model.head_dim // tensor,
