@@ -3,7 +3,17 @@
 import importlib
 import importlib.util
 
-from modellink.ops import adamw, attention, cross_entropy, parallel_linear, reference, rms_norm, rotary, swiglu
+from modellink.ops import (
+    adamw,
+    attention,
+    compiled,
+    cross_entropy,
+    parallel_linear,
+    reference,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.cuda import limits as cuda_limits
 from modellink.ops.cuda import pointwise as cuda_pointwise
@@ -14,7 +24,7 @@ from modellink.ops.npu import limits, pointwise
 from modellink.ops.npu import parallel_linear as npu_linear
 from modellink.ops.npu.library import has_operator
 
-NPU, CUDA = ("npu",), ("cuda",)
+NPU, CUDA, COMPILING = ("npu",), ("cuda",), ("cpu", "cuda")
 
 
 def _attention(situation: Situation) -> str | None:
@@ -23,6 +33,10 @@ def _attention(situation: Situation) -> str | None:
 
 def _cached_attention(situation: Situation) -> str | None:
     return limits.cached_attention_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
+
+
+def _compile(situation: Situation) -> str | None:
+    return None if "compile" in situation.wishes else "--compile is off"
 
 
 def _liger_norm(situation: Situation) -> str | None:
@@ -86,18 +100,21 @@ def _grouped(situation: Situation) -> str | None:
 # operation -> its forms, fastest first; the last one is the reference, always usable
 TABLE: dict[str, tuple[Form, ...]] = {
     "rms_norm": (
+        Form("torch.compile of the formulas", compiled.rms_norm, COMPILING, _compile),
         Form("npu_rms_norm", pointwise.rms_norm, NPU, lambda s: dtype_problem(s.dtype)),
         Form("RMSNorm of liger-kernel", cuda_pointwise.rms_norm, CUDA, _liger_norm),
         Form("torch rms_norm", rms_norm.torch_rms_norm),
         Form("plain formulas", reference.rms_norm),
     ),
     "rotary": (
+        Form("torch.compile of the formulas", compiled.rotate, COMPILING, _compile),
         Form("npu_rotary_mul", pointwise.rotate, NPU, lambda s: limits.rotary_problem(s.dtype, s.head_dim)),
         Form("rotary of liger-kernel", cuda_pointwise.rotate, CUDA, _liger_rotary),
         Form("elementwise torch operations", rotary.torch_rotate),
         Form("plain formulas", reference.rotate),
     ),
     "swiglu": (
+        Form("torch.compile of the formulas", compiled.swiglu, COMPILING, _compile),
         Form("npu_swiglu", pointwise.swiglu, NPU, lambda s: dtype_problem(s.dtype)),
         Form("SwiGLU of liger-kernel", cuda_pointwise.swiglu, CUDA, _liger_swiglu),
         Form("elementwise torch operations", swiglu.torch_swiglu),
