@@ -68,7 +68,7 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
             check_save_form(settings, problems)
             if weights is not None and plan is None:  # optimizer state of a base has no meaning for adapters
                 check_resume(settings, weights, model, dims, problems)
-    device = problems.catch(lambda: _device(settings, elsewhere))
+    device = problems.catch(lambda: _device(settings, program, elsewhere))
     if isinstance(device, tuple):
         check_compile(settings, device[0], not elsewhere, problems)
     problems.raise_if_any()
@@ -119,14 +119,17 @@ def _layout(settings: Settings, model: ModelConfig, world_size: int, program: Pr
     return dims
 
 
-def _device(settings: Settings, elsewhere: bool) -> tuple[str, str]:
+def _device(settings: Settings, program: Program, elsewhere: bool) -> tuple[str, str]:
     """(name, communication backend) of the device the run uses; empty where another machine will choose."""
+    asked = settings.device.device
     if elsewhere:
-        asked = settings.device.device
         return ("" if asked == "auto" else asked), ""
-    from modellink.device.select import select_device  # imports torch
+    from modellink.device.cuda import order_kernels  # imports torch
+    from modellink.device.select import select_device
 
-    device = select_device(settings.device.device)
+    if program == "train" and asked in ("auto", "cuda"):
+        order_kernels(settings.parallel.tensor_model_parallel_size)
+    device = select_device(asked)
     return device.name, device.backend
 
 
