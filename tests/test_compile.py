@@ -54,9 +54,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         writer.append(generator.integers(0, 1003, lengths.sum()), lengths)
     cases = {"off": [], "pointwise": ["--compile", "pointwise"], "layer": ["--compile", "layer"],
              "layer-full": ["--compile", "layer", *FULL]}
-    run_cases([["--load", str(folder / "weights"), "--finetune", "--data-path", str(folder / "data"), "--split", "50,50,0",
-                "--seq-length", "32", "--train-iters", str(STEPS), "--micro-batch-size", "2", "--global-batch-size", "4",
-                "--lr", "1e-3", "--eval-iters", "1", "--eval-interval", "2", "--device", "cpu",
+    run_cases([["--load", str(folder / "weights"), "--finetune", "--data-path", str(folder / "data"), "--split",
+                "50,50,0", "--seq-length", "32", "--train-iters", str(STEPS), "--micro-batch-size", "2",
+                "--global-batch-size", "4", "--lr", "1e-3", "--eval-iters", "1", "--eval-interval", "2", "--device",
+                "cpu",
                 "--metrics-file", str(folder / f"{name}.jsonl"), *flags] for name, flags in cases.items()], 1, folder)
     found = {name: read_metrics(folder / f"{name}.jsonl") for name in cases}
     for name in cases:
@@ -85,7 +86,8 @@ def test_compile_comes_first_where_it_was_asked_for() -> None:
     assert compiled.rms_norm not in {choice.form.run for choice in choose(Situation("cpu"))}
 
 
-WORDS = ["--model", "qwen15-0.5b", "--mock-data", "--seq-length", "64", "--train-iters", "1", "--lr", "1e-3", "--device", "cpu"]
+WORDS = ["--model", "qwen15-0.5b", "--mock-data", "--seq-length", "64", "--train-iters", "1", "--lr", "1e-3", "--device",
+         "cpu"]
 
 
 def prepared(words: list[str], world: int = 1) -> Run:

@@ -143,8 +143,8 @@ def test_bf16_training_is_near_the_cpu(folder: Path) -> None:  # noqa: F811
 def test_a_resumed_run_goes_on_where_it_stopped(folder: Path) -> None:  # noqa: F811
     """Weights, moments, schedule, data and random numbers (dropout) come back."""
     def words(label: str, save: str) -> list[str]:
-        return [*arguments(folder, "untied", f"resume.{label}"), "--hidden-dropout", "0.1", "--device", DEVICE, "--save",
-                str(folder / save)]
+        return [*arguments(folder, "untied", f"resume.{label}"), "--hidden-dropout", "0.1", "--device", DEVICE,
+                "--save", str(folder / save)]
 
     second = [word for word in words("second", "halves") if word != "--finetune"]
     second[1] = str(folder / "halves")

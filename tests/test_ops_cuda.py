@@ -96,8 +96,8 @@ def flash_on_cpu() -> Iterator[list[str]]:
         (out,) = each_sample(q_ends, scale, q, k, v)
         return out, torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2, dtype=torch.uint64), torch.zeros(0), q[:0]
 
-    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_ends: Tensor, k_ends: Tensor,
-                 max_q: int, max_k: int, dropout: float, causal: bool, seed: Tensor, offset: Tensor, *,
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_ends: Tensor,
+                 k_ends: Tensor, max_q: int, max_k: int, dropout: float, causal: bool, seed: Tensor, offset: Tensor, *,
                  scale: float | None = None, window_size_left: int | None = None,
                  window_size_right: int | None = None) -> Any:
         called.append("backward")
@@ -220,8 +220,8 @@ def test_an_older_varlen_attn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("call", "words"), [
     (lambda: pointwise.rms_norm(leaf(2, 8), leaf(8), 1e-6), "RMSNorm of liger-kernel: it takes float16, bfloat16"),
-    (lambda: pointwise.rotate(leaf(4, 8, dtype=FP32), leaf(4, 4), leaf(4, 4)), "rotary of liger-kernel: it takes .sequ"),
-    (lambda: pointwise.rotate(leaf(4, 1, 1, 7, dtype=FP32), leaf(4, 1, 1, 3), leaf(4, 1, 1, 3)), "even head sizes and n"),
+    (lambda: pointwise.rotate(leaf(4, 8, dtype=FP32), leaf(4, 4), leaf(4, 4)), "rotary of liger-kernel: it takes .s"),
+    (lambda: pointwise.rotate(leaf(4, 1, 1, 7, dtype=FP32), leaf(4, 1, 1, 3), leaf(4, 1, 1, 3)), "even head sizes"),
     (lambda: pointwise.swiglu(leaf(4, 7, dtype=FP32)), "SwiGLU of liger-kernel: it takes an even number of features"),
     (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 1, FP32), cu_seqlens=[0, 4]), "flash attention takes float16"),
     (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 2, BF16), cu_seqlens=[0, 4]), "a batch of 1 and not 2"),
@@ -249,7 +249,7 @@ def test_wishes_on_a_gpu(with_liger: None) -> None:
 
 
 def test_wishes_on_a_gpu_without_liger(without_liger: None) -> None:
-    """RMSNorm and attention have fused kernels in torch itself; the other two wishes are not met, and it is said why."""
+    """RMSNorm and attention have fused kernels in torch itself; the other wishes are not met, and it is said why."""
     (line,) = notices("cuda", "nccl")
     assert line.startswith("--use-fused-rotary-pos-emb, --use-fused-swiglu: not available on cuda")
     assert "triton is not installed; pip install 'modellink[cuda]'" in line

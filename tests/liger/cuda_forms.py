@@ -28,8 +28,9 @@ def situation_on_cuda(run: Any, device: Any) -> Situation:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     found: dict[str, Any] = {}
-    words = ["--load", str(folder / "weights"), "--finetune", "--mock-data", "--seq-length", "16", "--train-iters", "3",
-             "--micro-batch-size", "2", "--global-batch-size", "2", "--lr", "1e-3", "--eval-iters", "0", "--device", "cpu"]
+    words = ["--load", str(folder / "weights"), "--finetune", "--mock-data", "--seq-length", "16", "--device", "cpu",
+             "--micro-batch-size", "2", "--global-batch-size", "2", "--lr", "1e-3", "--eval-iters", "0",
+             "--train-iters", "3"]
     complete_interpreter()
     for name, situation in (("cpu", real_situation), ("cuda", situation_on_cuda)):
         (folder / f"{name}.json").write_text(json.dumps([[*words, "--metrics-file", str(folder / f"{name}.jsonl")]]))

@@ -67,7 +67,8 @@ def test_rotary(dtype: torch.dtype, batch: int, rows: int, heads: int, head_dim:
     x = leaf(length, batch, heads, head_dim, dtype=dtype)
     before = x.detach().clone()
     with forms_in_use(choose(Situation("cuda")), "cpu"):
-        assert_same(lambda x: apply_rotary(x, table[places]), lambda x: reference.rotate(x, cos, sin), x, **CLOSE[dtype])
+        assert_same(lambda x: apply_rotary(x, table[places]), lambda x: reference.rotate(x, cos, sin), x,
+                    **CLOSE[dtype])
     assert torch.equal(x, before)
     # a view of a larger tensor, as in generation
     wide = leaf(length, batch, heads + 2, head_dim, dtype=dtype).detach()

@@ -1,4 +1,4 @@
-"""Attention on GPUs: flash attention over packed samples, and scaled_dot_product_attention in shapes that keep it fused.
+"""Attention on GPUs: flash attention over packed samples, scaled_dot_product_attention in shapes that keep it fused.
 
 On CUDA only the flash and math kernels of scaled_dot_product_attention know grouped queries (`enable_gqa`), flash takes
 no mask and no fp32, and math holds all scores. So what flash cannot do is given to it with as many key/value heads as

@@ -65,6 +65,6 @@ def varlen_missing(is_grouped: bool) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def boundaries(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """Boundaries of packed samples on the device, [samples + 1] int32: copied once, all layers of a pass ask for them."""
+    """Boundaries of packed samples on the device, [samples + 1] int32; copied once for all layers of a pass."""
     with torch.inference_mode(False):  # a later backward may keep them
         return torch.tensor(cu_seqlens, dtype=torch.int32).to(device, non_blocking=True)

@@ -20,9 +20,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `modellink.ops.rotary.rotate`: without autograd.
 
-    The kernel works in place on queries and keys [batch, sequence, heads, head_dim] with a table for each batch row. Our
-    sequence is its batch, so that x keeps its order in memory; it rotates a copy, beside one head that nobody reads. The
-    table is widened to fp32, in which the kernel then computes.
+    The kernel works in place on queries and keys [batch, sequence, heads, head_dim] with a table for each batch row.
+    Our sequence is its batch, so that x keeps its order in memory; it rotates a copy, beside one head that nobody
+    reads. The table is widened to fp32, in which the kernel then computes.
     """
     if x.dim() != 4:
         require("rotary of liger-kernel", f"it takes [sequence, batch, heads, head size] and not {list(x.shape)}")
@@ -32,7 +32,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     unread = torch.zeros(length, batch, 1, head_dim, dtype=x.dtype, device=x.device)
     # it swaps the two dimensions of its arguments back itself
-    rotated, _ = liger("rotary").apply(out.transpose(1, 2), unread.transpose(1, 2), wide_cos, wide_sin, None, 1, head_dim)
+    rotated, _ = liger("rotary").apply(out.transpose(1, 2), unread.transpose(1, 2), wide_cos, wide_sin, None, 1,
+                                       head_dim)
     return rotated.transpose(1, 2)
 
 
