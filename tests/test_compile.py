@@ -86,8 +86,8 @@ def test_compile_comes_first_where_it_was_asked_for() -> None:
     assert compiled.rms_norm not in {choice.form.run for choice in choose(Situation("cpu"))}
 
 
-WORDS = ["--model", "qwen15-0.5b", "--mock-data", "--seq-length", "64", "--train-iters", "1", "--lr", "1e-3", "--device",
-         "cpu"]
+WORDS = ["--model", "qwen15-0.5b", "--mock-data", "--seq-length", "64", "--train-iters", "1", "--lr", "1e-3",
+         "--device", "cpu"]
 
 
 def prepared(words: list[str], world: int = 1) -> Run:

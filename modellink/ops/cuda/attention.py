@@ -6,6 +6,7 @@ query heads, which leaves it the memory-efficient kernel.
 """
 
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,9 +31,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None 
     ends = [end for start, end in pairwise(cu_seqlens) if end > start]
     longest = max(end - start for start, end in pairwise([0, *ends]))
     places = boundaries((0, *ends), query.device)
-    options = {"enable_gqa": True} if heads != groups else {}
+    # an older varlen_attn does not know the word
+    options: dict[str, Any] = {"enable_gqa": True} if heads != groups else {}
     out = varlen_attn(query.squeeze(1), key.squeeze(1), value.squeeze(1), places, places, longest, longest, scale=scale,
                       window_size=(-1, 0), **options)
+    assert isinstance(out, Tensor)  # it gives a pair when asked for more
     return out.reshape(length, 1, -1)
 
 
