@@ -3,6 +3,7 @@
 Import this module only after the device was chosen (`modellink.start`): it gets megatron-core's modules.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,20 +11,20 @@ import torch
 from modellink.models.gpt import QwenModel
 
 
-def compile_layers(chunks: Sequence[QwenModel]) -> None:
-    """Compile the forward pass of every layer, and of attention's core around its kernel only.
+def compile_layers(chunks: Sequence[QwenModel], *, is_packed: bool) -> None:
+    """Compile the forward pass of every layer; layers of one shape share the compiled code.
 
-    The core stays as it is: boundaries of packed samples are numbers that change with every batch, and each would be
-    compiled anew. megatron-core keeps a number in each layer that the compiled code looks at, so every layer needs
-    an entry of its own in torch's cache.
+    Args:
+        chunks: the model chunks of this rank.
+        is_packed: rows hold packed samples. Their boundaries are numbers that change with every batch, and each would
+            be compiled anew, so attention's core stays as it is.
     """
-    from torch._dynamo import config as dynamo  # takes seconds to import
+    from torch._dynamo import config  # takes seconds to import
 
-    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
-    # forward with and without gradients (evaluation, recomputation) and two kinds of sizes, for each layer
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(layers))
-    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 64 * len(layers))
-    for layer in layers:
-        attention = layer.self_attention.core_attention
-        attention.forward = torch.compiler.disable(attention.forward)
+    # megatron-core warns of what is deprecated in every linear layer, and a warning would cut the graph there
+    config.ignore_logger_methods.add(warnings.warn)
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        if is_packed:
+            core = layer.self_attention.core_attention
+            core.forward = torch.compiler.disable(core.forward)
         layer.forward = torch.compile(layer.forward)

@@ -17,6 +17,12 @@ def _compiled(formula: Callable[..., Tensor]) -> Callable[..., Any]:
     return torch.compile(formula, dynamic=True)
 
 
+def _run(formula: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return formula(*arguments)
+    return _compiled(formula)(*arguments)
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -35,14 +41,14 @@ def _swiglu(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `modellink.ops.rms_norm.rms_norm`."""
-    return _compiled(_rms_norm)(x, weight, eps)
+    return _run(_rms_norm, x, weight, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `modellink.ops.rotary.rotate`."""
-    return _compiled(_rotate)(x, cos, sin)
+    return _run(_rotate, x, cos, sin)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """As `modellink.ops.swiglu.swiglu`."""
-    return _compiled(_swiglu)(x)
+    return _run(_swiglu, x)

@@ -41,7 +41,7 @@ def build_state(run: Run, device: Device) -> TrainState:
     forms.choose_forms(run, device)
     chunks = build_chunks(run, config, device.name)
     if run.settings.device.compile == "layer":
-        compile_layers(chunks)
+        compile_layers(chunks, is_packed=run.settings.data.pack)
     wrapped = wrap_chunks(run, config, [chunk.to(device.current()) for chunk in chunks])
     for chunk in wrapped:
         chunk.train()
