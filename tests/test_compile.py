@@ -12,6 +12,7 @@ import pytest
 import torch
 from ladder import REPO, read_metrics, run_cases
 from test_ops_reference import assert_same, leaf
+from test_training_instruction import write_streams
 from tiny import save_tiny
 
 from modellink.config import ConfigError
@@ -26,7 +27,7 @@ from modellink.runtime import prepare_run
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 STEPS = 5
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-# more layers than torch keeps compiled versions of one function by default
+# more layers than torch keeps compiled versions of one function
 DEEP = {"num_hidden_layers": 12, "hidden_size": 48, "intermediate_size": 80, "num_key_value_heads": 2}
 
 
@@ -44,39 +45,56 @@ def test_compiled_formulas(dtype: torch.dtype) -> None:
         torch.testing.assert_close(compiled.rotate(heads, cos, sin), reference.rotate(heads, cos, sin), **close)
 
 
+LORA = ["--lora-r", "4", "--lora-alpha", "8", "--lora-target-modules", "all-linear"]
+KINDS = {"plain": [], "full": FULL, "lora": LORA, "packed": ["--is-instruction-dataset", "--pack"]}
+CASES = [("plain", "pointwise"), ("plain", "layer"), ("full", "layer"), ("lora", "layer"), ("packed", "layer")]
+
+
+def words(folder: Path, kind: str, mode: str) -> list[str]:
+    return ["--load", str(folder / "weights"), "--finetune", "--data-path", str(folder / "data"), "--split", "50,50,0",
+            "--seq-length", "32", "--train-iters", str(STEPS), "--micro-batch-size", "2", "--global-batch-size", "4",
+            "--lr", "1e-3", "--eval-iters", "1", "--eval-interval", "2", "--device", "cpu", "--compile", mode,
+            "--metrics-file", str(folder / f"{kind}.{mode}.jsonl"), *KINDS[kind]]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    folder = tmp_path_factory.mktemp("compile")
-    save_tiny(folder / "weights", **DEEP)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights, data, and the runs without compiling."""
+    base = tmp_path_factory.mktemp("compile")
+    save_tiny(base / "weights", **DEEP)
+    write_streams(base / "data")
     generator = np.random.default_rng(7)
-    with IndexedWriter(folder / "data") as writer:
+    with IndexedWriter(base / "data") as writer:
         lengths = generator.integers(5, 90, 60)
         writer.append(generator.integers(0, 1003, lengths.sum()), lengths)
-    cases = {"off": [], "pointwise": ["--compile", "pointwise"], "layer": ["--compile", "layer"],
-             "layer-full": ["--compile", "layer", *FULL]}
-    run_cases([["--load", str(folder / "weights"), "--finetune", "--data-path", str(folder / "data"), "--split",
-                "50,50,0", "--seq-length", "32", "--train-iters", str(STEPS), "--micro-batch-size", "2",
-                "--global-batch-size", "4", "--lr", "1e-3", "--eval-iters", "1", "--eval-interval", "2", "--device",
-                "cpu",
-                "--metrics-file", str(folder / f"{name}.jsonl"), *flags] for name, flags in cases.items()], 1, folder)
-    found = {name: read_metrics(folder / f"{name}.jsonl") for name in cases}
-    for name in cases:
-        lines = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
-        found[f"{name}-evaluation"] = [line for line in lines if line["kind"] != "train"]
-    return found
+    run_cases([words(base, kind, "off") for kind in KINDS], 1, base)
+    return base
+
+
+def evaluations(path: Path) -> list[float]:
+    return [line["loss"] for line in map(json.loads, path.read_text().splitlines()) if line["kind"] != "train"]
 
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("name", ["pointwise", "layer", "layer-full"])
-def test_losses_equal_those_of_the_run_without_it(name: str, results: dict[str, list[dict]]) -> None:
-    expected = results["off"]
-    assert len(results[name]) == STEPS
-    for column, tolerance in (("loss", {"abs": 1e-5}), ("grad_norm", {"rel": 1e-5})):
-        assert [record[column] for record in results[name]] == pytest.approx(
-            [record[column] for record in expected], **tolerance)
-    assert [line["loss"] for line in results[f"{name}-evaluation"]] == pytest.approx(
-        [line["loss"] for line in results["off-evaluation"]], abs=1e-5)
+@pytest.mark.parametrize(("kind", "mode"), CASES)
+def test_losses_equal_those_of_the_run_without_it(kind: str, mode: str, folder: Path) -> None:
+    """Training and evaluation; and a layer is one graph, the same for all, unless its samples are packed."""
+    run_cases([words(folder, kind, mode)], 1, folder, worker=Path(__file__).with_name("compile_ladder.py"))
+    got, expected = (read_metrics(folder / f"{kind}.{name}.jsonl") for name in (mode, "off"))
+    assert len(got) == len(expected) == STEPS
+    assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in expected], abs=1e-5)
+    assert [record["grad_norm"] for record in got] == pytest.approx([r["grad_norm"] for r in expected], rel=2e-5)
+    assert evaluations(folder / f"{kind}.{mode}.jsonl") == pytest.approx(
+        evaluations(folder / f"{kind}.off.jsonl"), abs=1e-5)
+    (path,) = folder.glob("*.graphs")
+    counted = json.loads(path.read_text())
+    path.unlink()
+    assert 0 < counted["graphs"] <= 12
+    if kind == "packed":  # attention itself is left out
+        assert all("torch.compiler.disable" in reason for reason in counted["breaks"]), counted
+    else:
+        assert counted["breaks"] == []
 
 
 def test_compile_comes_first_where_it_was_asked_for() -> None:
