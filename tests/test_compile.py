@@ -31,7 +31,7 @@ FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--r
 DEEP = {"num_hidden_layers": 12, "hidden_size": 48, "intermediate_size": 80, "num_key_value_heads": 2}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @needs_compiler
 def test_compiled_formulas(dtype: torch.dtype) -> None:
     close = {"atol": 2e-6, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 4e-2, "rtol": 4e-2}
@@ -90,7 +90,7 @@ def test_losses_equal_those_of_the_run_without_it(kind: str, mode: str, folder: 
     (path,) = folder.glob("*.graphs")
     counted = json.loads(path.read_text())
     path.unlink()
-    assert 0 < counted["graphs"] <= 12
+    assert 0 < counted["graphs"] <= 16  # none for each layer, and none for each batch
     if kind == "packed":  # attention itself is left out
         assert all("torch.compiler.disable" in reason for reason in counted["breaks"]), counted
     else:

@@ -38,8 +38,8 @@ def check_compile(settings: Settings, device: str, is_here: bool, problems: Prob
                      "collectives into its graph, and the pieces of a layer between them were slower than the layer as "
                      "it is (0.91x on a CPU); use --compile pointwise.")
     if settings.device.gradient_accumulation_fusion:
-        problems.add(f"{flag} with --gradient-accumulation-fusion: adding to the main gradient on the way cuts the graph "
-                     "of a layer at every matrix product; leave one of them out.")
+        problems.add(f"{flag} with --gradient-accumulation-fusion: adding to the main gradient on the way cuts the "
+                     "graph of a layer at every matrix product; leave one of them out.")
 
 
 def _missing_on(device: str) -> str | None:
