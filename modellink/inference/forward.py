@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modellink.inference.cache import KVCache
 from modellink.models.gpt import QwenModel
-from modellink.ops.linear import Product, frozen_linear
+from modellink.ops.frozen_linear import Product, frozen_linear
 from modellink.ops.rms_norm import rms_norm
 from modellink.ops.rotary import rotate
 from modellink.ops.swiglu import swiglu

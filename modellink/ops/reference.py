@@ -241,7 +241,7 @@ def sum_own_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """As `modellink.ops.linear.frozen_linear`."""
+    """As `modellink.ops.frozen_linear.frozen_linear`."""
     def product(x: Tensor) -> Tensor:
         out = _wide(x) @ _wide(weight).T
         return (out if bias is None else out + _wide(bias)).to(x.dtype)

@@ -8,13 +8,14 @@ from modellink.ops import (
     attention,
     compiled,
     cross_entropy,
-    linear,
+    frozen_linear,
     parallel_linear,
     reference,
     rms_norm,
     rotary,
     swiglu,
 )
+from modellink.ops.cpu import frozen_linear as cpu_frozen_linear
 from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.cuda import limits as cuda_limits
 from modellink.ops.cuda import pointwise as cuda_pointwise
@@ -26,7 +27,7 @@ from modellink.ops.npu import parallel_linear as npu_linear
 from modellink.ops.npu.companions import companion_lines
 from modellink.ops.npu.library import has_operator
 
-NPU, CUDA, COMPILING = ("npu",), ("cuda",), ("cpu", "cuda")
+CPU, CUDA, NPU, COMPILING = ("cpu",), ("cuda",), ("npu",), ("cpu", "cuda")
 
 
 def _attention(situation: Situation) -> str | None:
@@ -140,9 +141,9 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("plain formulas", reference.attend_rows),
     ),
     "frozen_linear": (
-        Form("oneDNN, weight packed once", linear.packed_frozen_linear, ("cpu",),
-             lambda s: linear.packed_problem(s.dtype)),
-        Form("torch linear", linear.torch_frozen_linear),
+        Form("oneDNN, weight packed once", cpu_frozen_linear.frozen_linear, CPU,
+             lambda s: cpu_frozen_linear.problem(s.dtype)),
+        Form("torch linear", frozen_linear.torch_frozen_linear),
         Form("plain formulas", reference.frozen_linear),
     ),
     "cross_entropy": (
