@@ -11,6 +11,7 @@ import torch
 
 from modellink.config import ConfigError
 from modellink.config.settings import parse_settings
+from modellink.device.cuda import driver_version
 from modellink.device.retarget import Rewrite
 from modellink.device.select import describe_devices, select_device
 from modellink.device.specs import find_spec
@@ -98,10 +99,24 @@ def test_auto_takes_a_usable_device_and_asking_for_another_says_why() -> None:
             assert error.value.problems[0].startswith(f"--device {name}: ")
 
 
+@pytest.mark.parametrize("content, version", [
+    ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC", "535.129.03"),
+    ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n", "580.95.05"),
+    ("something else", "unknown"), (None, "unknown")])
+def test_the_version_of_nvidias_driver(content: str | None, version: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "version").write_text(content)
+    assert driver_version(tmp_path / "version") == version
+
+
 def test_unknown_hardware_has_no_peak_rate() -> None:
     assert find_spec("cpu") is None
     spec = find_spec("NVIDIA H200")
     assert spec is not None and spec.bf16_flops == 989e12
+
+
+def no_gpu() -> None:
+    raise RuntimeError("No CUDA GPUs are available")
 
 
 @pytest.mark.parametrize(("words", "mine", "expected"), [
@@ -121,10 +136,11 @@ def test_kernels_are_ordered_before_cuda_starts(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available",
                         lambda: seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")) or False)
+    monkeypatch.setattr(torch.cuda, "init", no_gpu)
     settings = parse_settings("pretrain_gpt.py", "", ["--model", "qwen15-0.5b", "--mock-data", "--seq-length", "64",
                                                       "--train-iters", "1", "--lr", "1e-3", *words])
     if "cuda" in words:
-        with pytest.raises(ConfigError, match="sees no usable GPU"):
+        with pytest.raises(ConfigError, match="CUDA does not start"):
             prepare_run(settings, 2, "train")
     else:
         prepare_run(settings, 2, "train")

@@ -1,6 +1,8 @@
 """NVIDIA GPUs through torch.cuda and nccl."""
 
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,8 +84,14 @@ class CudaDevice:
 
     def libraries(self) -> dict[str, str]:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        return {"torch": torch.__version__, "CUDA": str(torch.version.cuda), "nccl": nccl,
+        return {"driver": driver_version(), "torch": torch.__version__, "CUDA": str(torch.version.cuda), "nccl": nccl,
                 "cuDNN": str(torch.backends.cudnn.version())}
+
+
+def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The version of the kernel module, as Linux shows it."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", path.read_text()) if path.is_file() else None
+    return found[1] if found else "unknown"
 
 
 def _start_problem() -> str:

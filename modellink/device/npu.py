@@ -116,4 +116,7 @@ class NpuDevice:
 
     def libraries(self) -> dict[str, str]:
         self._load()
-        return {"torch": torch.__version__, "torch_npu": getattr(self._module, "__version__", "n/a")}
+        # torch_npu finds them through ASCEND_HOME_PATH, which set_env.sh sets
+        versions = {name: self.namespace.utils.get_cann_version(module) or "unknown"
+                    for name, module in (("driver", "DRIVER"), ("CANN", "CANN"))}
+        return {**versions, "torch": torch.__version__, "torch_npu": getattr(self._module, "__version__", "n/a")}
