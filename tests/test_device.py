@@ -98,3 +98,24 @@ def test_unknown_hardware_has_no_peak_rate() -> None:
     assert find_spec("cpu") is None
     spec = find_spec("NVIDIA H200")
     assert spec is not None and spec.bf16_flops == 989e12
+
+
+@pytest.mark.parametrize("name, tera", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA L40S", 362.05), ("NVIDIA B200", 2250),
+    ("NVIDIA GB200", 2500), ("NVIDIA GeForce RTX 4090", 165.2), ("Ascend910B1", 354), ("Ascend910B2C", 354),
+    ("Ascend910B3", 295), ("Ascend910B4", 246), ("Ascend910_9392", 376), ("Ascend910A", 256),
+    # others whose names are alike
+    ("NVIDIA L40", None), ("NVIDIA H20", None), ("NVIDIA GH200 480GB", None), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A10", None), ("Ascend910B", None), ("Ascend310P3", None),
+    ("Ascend950", None)])
+def test_peak_rates_by_product(name: str, tera: float | None) -> None:
+    """Rates of matrix products in bf16, without sparsity and with sums in fp32."""
+    spec = find_spec(name)
+    assert (spec and spec.bf16_flops) == (tera and tera * 1e12)
+
+
+def test_rates_of_ascend_follow_from_their_cubes() -> None:
+    for name, cubes, clock in (("Ascend910B2", 24, 1.8e9), ("Ascend910B3", 20, 1.8e9), ("Ascend910B4", 20, 1.5e9)):
+        spec = find_spec(name)
+        assert spec is not None and spec.bf16_flops == pytest.approx(cubes * 16**3 * 2 * clock, rel=1e-3)
