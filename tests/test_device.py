@@ -10,7 +10,7 @@ import pytest
 from modellink.config import ConfigError
 from modellink.device.retarget import Rewrite
 from modellink.device.select import describe_devices, select_device
-from modellink.device.specs import find_spec
+from modellink.device.specs import find_spec, peak_line
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -113,6 +113,12 @@ def test_peak_rates_by_product(name: str, tera: float | None) -> None:
     """Rates of matrix products in bf16, without sparsity and with sums in fp32."""
     spec = find_spec(name)
     assert (spec and spec.bf16_flops) == (tera and tera * 1e12)
+
+
+def test_the_log_says_what_the_mfu_is_of() -> None:
+    assert peak_line("NVIDIA H200") == (
+        "MFU is the share of 989 TFLOP/s (NVIDIA H200 datasheet: 989 TFLOP/s dense BF16, 141 GB)")
+    assert peak_line("cpu") == "MFU is n/a: no peak rate of cpu is known"
 
 
 def test_rates_of_ascend_follow_from_their_cubes() -> None:

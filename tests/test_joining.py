@@ -117,6 +117,12 @@ def test_an_environment_that_contradicts_itself(monkeypatch: pytest.MonkeyPatch,
         Rank.from_environment()
 
 
+def test_a_size_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 in the environment without MASTER_ADDR"):
+        join(select_device("cpu"), Rank(0, 2, 0, 2), timedelta(seconds=SECONDS))
+
+
 def test_a_cpu_serves_any_number_of_ranks() -> None:
     check_devices(select_device("cpu"), Rank(7, 8, 7, 8))
 

@@ -50,3 +50,11 @@ SPECS = (
 def find_spec(product_name: str) -> DeviceSpec | None:
     """The first entry that is found in `product_name`, or None: unknown hardware is never guessed."""
     return next((spec for spec in SPECS if re.search(spec.match, product_name, re.IGNORECASE)), None)
+
+
+def peak_line(product_name: str) -> str:
+    """What the MFU of a product is measured against."""
+    spec = find_spec(product_name)
+    if spec is None:
+        return f"MFU is n/a: no peak rate of {product_name} is known"
+    return f"MFU is the share of {spec.bf16_flops / 1e12:g} TFLOP/s ({spec.source})"

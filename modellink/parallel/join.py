@@ -82,6 +82,9 @@ def join(device: Device, rank: Rank, timeout: timedelta) -> None:
                                "device_id": device.current() if device.name == "cuda" else None}
     if "MASTER_ADDR" in os.environ:
         store = _meet(rank, timeout)
+    elif rank.world_size > 1:
+        raise ConfigError(f"WORLD_SIZE={rank.world_size} in the environment without MASTER_ADDR: the ranks cannot find "
+                          "each other; start them with modellink launch or torchrun, or unset WORLD_SIZE.")
     else:  # a plain process: no port is needed
         store = dist.HashStore()
     total = torch.ones(1).to(device.current())
