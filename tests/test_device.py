@@ -118,6 +118,7 @@ def test_peak_rates_by_product(name: str, tera: float | None) -> None:
 def test_the_log_says_what_the_mfu_is_of() -> None:
     assert peak_line("NVIDIA H200") == (
         "MFU is the share of 989 TFLOP/s (NVIDIA H200 datasheet: 989 TFLOP/s dense BF16, 141 GB)")
+    assert peak_line("NVIDIA H200", "fp32") == "MFU is n/a: the peak rates are those of bf16 and fp16"
     assert peak_line("cpu") == "MFU is n/a: no peak rate of cpu is known"
 
 

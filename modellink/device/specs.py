@@ -52,9 +52,11 @@ def find_spec(product_name: str) -> DeviceSpec | None:
     return next((spec for spec in SPECS if re.search(spec.match, product_name, re.IGNORECASE)), None)
 
 
-def peak_line(product_name: str) -> str:
-    """What the MFU of a product is measured against."""
+def peak_line(product_name: str, precision: str = "bf16") -> str:
+    """What the MFU of a run in a precision (fp32, bf16 or fp16) is measured against."""
     spec = find_spec(product_name)
+    if spec is not None and precision == "fp32":
+        return "MFU is n/a: the peak rates are those of bf16 and fp16"
     if spec is None:
         return f"MFU is n/a: no peak rate of {product_name} is known"
     return f"MFU is the share of {spec.bf16_flops / 1e12:g} TFLOP/s ({spec.source})"

@@ -134,7 +134,7 @@ def train(run: Run, device: Device) -> None:
     metrics = Metrics(run, device) if rank_zero else None
     if rank_zero:
         print("TFLOP/s count attention causally; tokens/s count every position of a sample; "
-              + peak_line(device.product_name()), flush=True)
+              + peak_line(device.product_name(), settings.train.precision), flush=True)
     trainer = Trainer(state)
     profiler = StepProfiler(settings.profiling, device, dist.get_rank())
     reader = trainer.reader(train_set)
