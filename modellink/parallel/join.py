@@ -75,9 +75,10 @@ def join(device: Device, rank: Rank, timeout: timedelta) -> None:
     Raises:
         ConfigError: the ranks do not find each other or the backend does not start, within about the timeout.
     """
-    problem = interface_problem(device.backend)
-    if problem is not None:
-        raise ConfigError(problem)
+    for backend in (device.backend, "gloo"):  # megatron-core keeps groups of gloo beside those of the device
+        problem = interface_problem(backend)
+        if problem is not None:
+            raise ConfigError(problem)
     options: dict[str, Any] = {"timeout": timeout, "pg_options": device.group_options("world"),
                                "device_id": device.current() if device.name == "cuda" else None}
     if "MASTER_ADDR" in os.environ:
