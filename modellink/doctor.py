@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                    argv)
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     from modellink.device.select import describe_devices, select_device
+    from modellink.device.specs import peak_line
     from modellink.ops.forms import Situation
     from modellink.ops.table import describe
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"chosen: {device.name} ({device.free_memory() / 1024**3:.1f} GiB free)")
     for name, version in device.libraries().items():
         print(f"  {name}: {version}")
+    print(f"  {peak_line(device.product_name())}")
     print("\n".join(describe(Situation(device.name, device.product_name()))))
     return 0
 

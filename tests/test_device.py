@@ -14,7 +14,7 @@ from modellink.config.settings import parse_settings
 from modellink.device.cuda import driver_version
 from modellink.device.retarget import Rewrite
 from modellink.device.select import describe_devices, select_device
-from modellink.device.specs import find_spec
+from modellink.device.specs import find_spec, peak_line
 from modellink.runtime import prepare_run
 
 REPO = Path(__file__).resolve().parent.parent
@@ -146,3 +146,31 @@ def test_kernels_are_ordered_before_cuda_starts(monkeypatch: pytest.MonkeyPatch,
         prepare_run(settings, 2, "train")
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
     assert all(value == expected for value in seen) and (seen or "cpu" in words)
+
+
+@pytest.mark.parametrize("name, tera", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA L40S", 362.05), ("NVIDIA B200", 2250),
+    ("NVIDIA GB200", 2500), ("NVIDIA GeForce RTX 4090", 165.2), ("Ascend910B1", 354), ("Ascend910B2C", 354),
+    ("Ascend910B3", 295), ("Ascend910B4", 246), ("Ascend910_9392", 376), ("Ascend910A", 256),
+    # others whose names are alike
+    ("NVIDIA L40", None), ("NVIDIA H20", None), ("NVIDIA GH200 480GB", None), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A10", None), ("Ascend910B", None), ("Ascend310P3", None),
+    ("Ascend950", None)])
+def test_peak_rates_by_product(name: str, tera: float | None) -> None:
+    """Rates of matrix products in bf16, without sparsity and with sums in fp32."""
+    spec = find_spec(name)
+    assert (spec and spec.bf16_flops) == (tera and tera * 1e12)
+
+
+def test_the_log_says_what_the_mfu_is_of() -> None:
+    assert peak_line("NVIDIA H200") == (
+        "MFU is the share of 989 TFLOP/s (NVIDIA H200 datasheet: 989 TFLOP/s dense BF16, 141 GB)")
+    assert peak_line("NVIDIA H200", "fp32") == "MFU is n/a: the peak rates are those of bf16 and fp16"
+    assert peak_line("cpu") == "MFU is n/a: no peak rate of cpu is known"
+
+
+def test_rates_of_ascend_follow_from_their_cubes() -> None:
+    for name, cubes, clock in (("Ascend910B2", 24, 1.8e9), ("Ascend910B3", 20, 1.8e9), ("Ascend910B4", 20, 1.5e9)):
+        spec = find_spec(name)
+        assert spec is not None and spec.bf16_flops == pytest.approx(cubes * 16**3 * 2 * clock, rel=1e-3)

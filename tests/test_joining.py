@@ -21,7 +21,7 @@ from modellink.launch.report import Failure, first_failure
 from modellink.parallel import join as joining
 from modellink.parallel.join import Rank, check_devices, join
 
-SECONDS = 2.0
+SECONDS = 1.0
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 
 
 def test_something_else_listens_at_the_address(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
-    assert f"rank 1 of 2 got no answer from rank 0 at 127.0.0.1:{port} within 2 s" in problem_of_joining(
+    assert f"rank 1 of 2 got no answer from rank 0 at 127.0.0.1:{port} within 1 s" in problem_of_joining(
         monkeypatch, 1, MASTER_PORT=str(port))
 
 
@@ -115,6 +115,12 @@ def test_an_environment_that_contradicts_itself(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
         Rank.from_environment()
+
+
+def test_a_size_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 in the environment without MASTER_ADDR"):
+        join(select_device("cpu"), Rank(0, 2, 0, 2), timedelta(seconds=SECONDS))
 
 
 def test_a_cpu_serves_any_number_of_ranks() -> None:

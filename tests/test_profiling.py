@@ -119,6 +119,17 @@ def test_wrong_ranges_are_found_before_anything_starts(words: str, said: str) ->
     assert sentence.startswith(said)
 
 
+def test_both_programs_of_training_take_the_flags() -> None:
+    import posttrain_gpt
+    import pretrain_gpt
+
+    words = ["--model", "qwen15-0.5b", *BASE, "--profile", "--profile-step-start", "3", "--profile-step-end", "3"]
+    for main, more in ((pretrain_gpt.main, []), (posttrain_gpt.main, ["--stage", "sft"])):
+        with pytest.raises(ConfigError) as error:
+            main([*words, *more])
+        assert any("--profile-step-end 3: is not above" in sentence for sentence in error.value.problems)
+
+
 def test_the_flags_are_those_of_training() -> None:
     words = ["--profile", "--no-use-deter-comp", "--load", "nowhere"]
     with pytest.raises(ConfigError) as error:

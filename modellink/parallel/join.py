@@ -75,13 +75,17 @@ def join(device: Device, rank: Rank, timeout: timedelta) -> None:
     Raises:
         ConfigError: the ranks do not find each other or the backend does not start, within about the timeout.
     """
-    problem = interface_problem(device.backend)
-    if problem is not None:
-        raise ConfigError(problem)
+    for backend in (device.backend, "gloo"):  # megatron-core keeps groups of gloo beside those of the device
+        problem = interface_problem(backend)
+        if problem is not None:
+            raise ConfigError(problem)
     options: dict[str, Any] = {"timeout": timeout, "pg_options": device.group_options("world"),
                                "device_id": device.current() if device.name == "cuda" else None}
     if "MASTER_ADDR" in os.environ:
         store = _meet(rank, timeout)
+    elif rank.world_size > 1:
+        raise ConfigError(f"WORLD_SIZE={rank.world_size} in the environment without MASTER_ADDR: the ranks cannot find "
+                          "each other; start them with modellink launch or torchrun, or unset WORLD_SIZE.")
     else:  # a plain process: no port is needed
         store = dist.HashStore()
     total = torch.ones(1).to(device.current())

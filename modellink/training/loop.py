@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from modellink.checkpoint.sources import holds_weights
 from modellink.device.base import Device
+from modellink.device.specs import peak_line
 from modellink.models import forms
 from modellink.models.build import build_chunks, transformer_config
 from modellink.models.compiled import compile_layers
@@ -135,7 +136,8 @@ def train(run: Run, device: Device) -> None:
         print(line, flush=True)
     metrics = Metrics(run, device) if rank_zero else None
     if rank_zero:
-        print("TFLOP/s count attention causally; tokens/s count every position of a sample", flush=True)
+        print("TFLOP/s count attention causally; tokens/s count every position of a sample; "
+              + peak_line(device.product_name(), settings.train.precision), flush=True)
     trainer = Trainer(state)
     profiler = StepProfiler(settings.profiling, device, dist.get_rank())
     reader = trainer.reader(train_set)

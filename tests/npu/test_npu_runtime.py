@@ -53,6 +53,7 @@ def test_an_hccl_that_does_not_start() -> None:
     ({"ASCEND_RT_VISIBLE_DEVICES": "1,0"}, "ASCEND_RT_VISIBLE_DEVICES is set to '1,0', but must be device numbers in"),
     ({"ASCEND_RT_VISIBLE_DEVICES": ""}, "ASCEND_RT_VISIBLE_DEVICES is set to '', which hides every device"),
     ({"HCCL_SOCKET_IFNAME": "nosuch"}, "HCCL_SOCKET_IFNAME=nosuch: this machine has no network interface nosuch"),
+    ({"GLOO_SOCKET_IFNAME": "nosuch"}, "GLOO_SOCKET_IFNAME=nosuch: this machine has no network interface nosuch"),
     ({"HCCL_DETERMINISTIC": "false"}, "the environment has HCCL_DETERMINISTIC=false, with which results differ")])
 def test_a_start_that_cannot_succeed_says_why(environment: dict[str, str], said: str) -> None:
     assert said in failing(*(["--use-deter-comp"] if "HCCL_DETERMINISTIC" in environment else []), **environment)
