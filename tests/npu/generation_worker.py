@@ -1,7 +1,8 @@
 """Answers of many engines on the simulated NPU or the CPU: `python generation_worker.py CASES.json`, or by torchrun.
 
 CASES.json is a list of [name, *words]: the words of inference.py's command line, all of one device. CASES.answers holds
-{name: {"first": ..., "tokens": ..., "sampled": ..., "beams": ..., "logprobs": ...}} and "calls", the npu:: operators that ran.
+{name: {"first": ..., "tokens": ..., "sampled": ..., "beams": ..., "logprobs": ...}} and under "calls" which npu::
+operators ran.
 """
 
 import json
