@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 
-from modellink.ops import adamw, attention, cross_entropy, parallel_linear, reference, rms_norm, rotary, swiglu
+from modellink.ops import adamw, attention, cross_entropy, linear, parallel_linear, reference, rms_norm, rotary, swiglu
 from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
 from modellink.ops.npu import attention as npu_attention
 from modellink.ops.npu import limits, pointwise
@@ -86,6 +86,12 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("npu_fused_infer_attention_score (BNSD)", npu_attention.attend_rows, NPU, _cached_attention),
         Form("torch scaled_dot_product_attention", attention.torch_attend_rows),
         Form("plain formulas", reference.attend_rows),
+    ),
+    "frozen_linear": (
+        Form("oneDNN, weight packed once", linear.packed_frozen_linear, ("cpu",),
+             lambda s: linear.packed_problem(s.dtype)),
+        Form("torch linear", linear.torch_frozen_linear),
+        Form("plain formulas", reference.frozen_linear),
     ),
     "cross_entropy": (
         Form("chunks of tokens, vocabulary parallel, gradient in place", cross_entropy.torch_cross_entropy),
