@@ -34,7 +34,7 @@ test-all: lint
 test-npu: needs-gcc $(NPU_STAMP)
 	LD_LIBRARY_PATH=$(CURDIR)/$(NPU_VENV)/stubs PYTHONPATH=$(CURDIR) TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 		TASK_QUEUE_ENABLE=0 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
-		$(NPU_VENV)/bin/python -m pytest -p no:cacheprovider tests/npu
+		$(NPU_VENV)/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile tests/npu
 
 needs-gcc:
 	@command -v gcc > /dev/null || { echo "make test-npu compiles stub CANN libraries: install gcc first."; exit 1; }

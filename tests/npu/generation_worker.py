@@ -1,7 +1,8 @@
 """Answers of many engines on the simulated NPU or the CPU: `python generation_worker.py CASES.json`, or by torchrun.
 
 CASES.json is a list of [name, *words]: the words of inference.py's command line, all of one device. CASES.answers holds
-{name: {"tokens": ..., "sampled": ..., "beams": ..., "logprobs": ...}} and "calls", the npu:: operators that ran.
+{name: {"first": ..., "tokens": ..., "sampled": ..., "beams": ..., "logprobs": ...}} and under "calls" which npu::
+operators ran.
 """
 
 import json
@@ -31,7 +32,9 @@ def answers(engine: Any) -> dict[str, Any]:
             [Request(prompt, SamplingSettings(max_new_tokens=NEW, **settings)) for prompt in prompts])]
 
     engine.prefill_chunk_size = 24  # several tokens at an offset
+    first = SamplingSettings(max_new_tokens=1, logprobs=True)
     return {
+        "first": [answer.logprobs for answer in engine.generate([Request(prompt, first) for prompt in PROMPTS])],
         "tokens": ask([*PROMPTS, *SHARING]),
         "sampled": ask(PROMPTS, greedy=False, temperature=1.5, top_k=50, top_p=0.9, seed=7),
         "beams": ask(PROMPTS, num_beams=3, length_penalty=-1.0, stop_ids=frozenset(STOPS)),
