@@ -8,6 +8,7 @@ from modellink.ops import (
     attention,
     compiled,
     cross_entropy,
+    linear,
     parallel_linear,
     reference,
     rms_norm,
@@ -136,6 +137,12 @@ TABLE: dict[str, tuple[Form, ...]] = {
              _grouped_queries),
         Form("torch scaled_dot_product_attention", attention.torch_attend_rows),
         Form("plain formulas", reference.attend_rows),
+    ),
+    "frozen_linear": (
+        Form("oneDNN, weight packed once", linear.packed_frozen_linear, ("cpu",),
+             lambda s: linear.packed_problem(s.dtype)),
+        Form("torch linear", linear.torch_frozen_linear),
+        Form("plain formulas", reference.frozen_linear),
     ),
     "cross_entropy": (
         Form("chunks of tokens, vocabulary parallel, gradient in place", cross_entropy.torch_cross_entropy),
