@@ -19,6 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from modellink.config.settings import parse_settings
 from modellink.inference.request import Request, SamplingSettings
+from modellink.ops.forms import use_forms
+from modellink.ops.table import choose
 from modellink.parallel.groups import stop_groups
 from modellink.runtime import prepare_run
 from modellink.start import start
@@ -69,14 +71,20 @@ def main(folder: Path) -> None:
         device = device or start(run)
         from modellink.inference import steps
         from modellink.inference.engine import Engine
-        from modellink.inference.load import load_engine
+        from modellink.inference.load import load_chunks
+        from modellink.models.forms import situation_of
+
+        def engine(run: Any = run, device: Any = device, **options: Any) -> Any:
+            """In the forms that a GPU would get."""
+            chunks, run = load_chunks(run, device)
+            use_forms(choose(dataclasses.replace(situation_of(run, device), device="cuda")), "cpu")
+            return Engine(chunks, run, device.current(), **options)
 
         steps.READ_TOGETHER = 16  # so that rows grow over several shapes
-        plain = load_engine(run, device)
         for kind in ("auto", "int8") if name == "tied" else ("auto",):
-            expected = answers(Engine([plain.model], plain.run, plain.device, kv_cache_dtype=kind))
+            expected = answers(engine(kv_cache_dtype=kind))
             RECORDED.clear(), LAUNCHES.clear()
-            got = answers(Engine([plain.model], plain.run, plain.device, kv_cache_dtype=kind, capture=capture))
+            got = answers(engine(kv_cache_dtype=kind, capture=capture))
             found[f"{name} {kind}"] = {"got": got, "expected": expected, "recorded": list(RECORDED),
                                        "launches": len(LAUNCHES)}
     (folder / "steps.json").write_text(json.dumps(found))
