@@ -8,6 +8,7 @@ the first step (a length, a row, a place) would go on using that value.
 import dataclasses
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ def answers(engine: Any) -> dict[str, Any]:
                              for prompt, answer in zip(PROMPTS, first)])
     beams = engine.generate([Request(PROMPTS[0], dataclasses.replace(LONG, max_new_tokens=20, num_beams=3))])
     engine.score([(PROMPTS[0], PROMPTS[1])])
+    old = weakref.ref(engine.replica.cache)
+    engine.replica.prefix_reuse = False
+    engine.replica.reserve(1, 200)
+    assert old() is None  # a longer cache took its place, and no recording holds the old one
     return {"tokens": [answer.tokens for part in (first, queued, again, beams) for answer in part],
             "logprobs": [value for answer in first for value in answer.logprobs]}
 

@@ -51,6 +51,8 @@ class Replica:
         old = self.cache
         if old is None or old.num_rows < num_rows or old.length < length:
             config = self.model.config
+            if self._steps is not None:
+                self._steps.forget()
             if old is not None and self.max_kv_cache_bytes is not None and (
                     old.num_bytes + num_rows * length * self.token_bytes > self.max_kv_cache_bytes):
                 old = self.cache = None  # both would not fit at the same time

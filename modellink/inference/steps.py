@@ -57,6 +57,11 @@ class CapturedSteps:
         self._last: tuple[int, int] = (0, 0)
         self._times = 0
 
+    def forget(self) -> None:
+        """Let go of all recordings and of the cache that they hold."""
+        self._recorded.clear()
+        self._cache, self._times = None, 0
+
     def run(self, cache: KVCache, tokens: list[int]) -> Tensor | None:
         """The step that `cache.begin` was told of, from a recording; None when there is none yet.
 
@@ -64,8 +69,8 @@ class CapturedSteps:
             [rows, hidden size], as of `Stage.forward`.
         """
         if cache is not self._cache:  # recordings know places in the memory of the old one
-            self._recorded.clear()
-            self._cache, self._times = cache, 0
+            self.forget()
+            self._cache = cache
         shape = (len(tokens), min(-(-cache.longest // READ_TOGETHER) * READ_TOGETHER, cache.length))
         self._times = self._times + 1 if shape == self._last else 1
         self._last = shape
