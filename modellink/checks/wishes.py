@@ -44,6 +44,14 @@ def _instead(fields: list[str], device: str, reason: Callable[[], str | None] = 
             f"{'; '.join(KERNELS[field][1] for field in fields)}."]
 
 
+def _no_graphs(settings: Settings, dims: ParallelDims, device: str) -> str:
+    if device != "cuda":
+        return f"on {device}"
+    if dims.tensor * dims.pipeline > 1:
+        return f"with a model on {dims.tensor * dims.pipeline} ranks"
+    return "with adapters" if settings.lora.lora_load is not None else ""
+
+
 def _liger_missing() -> str | None:
     from modellink.ops.cuda.library import liger_missing  # imports torch
 
@@ -70,6 +78,10 @@ def wish_notices(settings: Settings, dims: ParallelDims, device: str, backend: s
     notices += [f"--no-{field.replace('_', '-')} has no effect: {truth}." for field, truth in off]
     if settings.parallel.sequence_parallel and dims.tensor == 1:
         notices.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1.")
+    if settings.generation.cuda_graphs and device:
+        why = _no_graphs(settings, dims, device)
+        if why:
+            notices.append(f"--cuda-graphs has no effect {why}: steps are launched kernel by kernel.")
     asked = settings.parallel.distributed_backend
     if backend and asked not in ("auto", backend):
         notices.append(f"--distributed-backend {asked}: {device} uses its own, {backend}.")

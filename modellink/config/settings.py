@@ -265,6 +265,8 @@ class GenerationSettings:
     kv_cache_dtype: str = flag(
         "auto", "what the KV cache holds: the model's precision, or int8 with a scale for each token and head",
         choices=["auto", "int8"])
+    cuda_graphs: bool = flag(
+        False, "on cuda, one rank and without adapters: record steps of generation and launch them as a whole")
     prefix_reuse: bool = flag(True, "compute what prompts have in common at their beginning once")
     add_eos_token: list[str] | None = flag(None, "further tokens that end an answer, by name", nargs="+",
                                            metavar="TOKEN")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,32 @@ def order_kernels(tensor_ranks: int) -> None:
     """
     if torch.version.cuda is not None and tensor_ranks > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Record the kernels that `step` launches as a CUDA graph.
+
+    Args:
+        step: reads and writes tensors that stay where they are, and asks for no value of any.
+
+    Returns:
+        A function that launches them again and gives the tensor that they fill, always the same.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # first calls of libraries allocate and compile, which cannot be recorded
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def launch() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return launch
 
 
 class CudaDevice:

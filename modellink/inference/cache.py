@@ -100,6 +100,27 @@ class KVCache:
             self.positions = torch.tensor(places).to(self._device)
             self._masks = [self._mask(piece) for piece in pieces]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of this pass, the new ones included."""
+        return self._longest
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this pass has one token of each of the first rows."""
+        return self._is_step
+
+    def place_step(self, positions: Tensor, end: int) -> None:
+        """After `begin` of a step: say it in shapes that stay as they are while the rows grow.
+
+        Args:
+            positions: of the tokens, [n] int64 on the device; only its values change from step to step.
+            end: tokens of a row that are read; those behind a position are masked.
+        """
+        self.positions, self._longest = positions, end
+        self._places = torch.arange(len(positions), device=self._device), positions
+        self._masks = [(torch.arange(end, device=self._device) <= positions[:, None])[:, None, None]]
+
     def _mask(self, piece: Piece) -> Tensor | None:
         count = len(piece.tokens)
         if piece.mask is None:

@@ -112,16 +112,42 @@ class Stage:
         else:
             hidden = torch.empty(len(tokens), config.hidden_size, dtype=config.params_dtype, device=self.device)
             dist.recv(hidden, self._before, self._pipeline)
-        table = model.rotary_pos_emb.table(cache.length, self.device)[cache.positions][:, :, None, None]
-        for layer in self.layers:
-            hidden = layer(hidden, table[:, 0], table[:, 1], cache)
+        hidden = self._through_layers(hidden, cache, self.rotary_table(cache))
         cache.end()
         if not model.post_process:
             dist.send(hidden.contiguous(), self._after, self._pipeline)
             return None
         if len(wanted) < len(tokens):
             hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
-        return rms_norm(hidden, model.decoder.final_layernorm.weight, config.layernorm_epsilon)
+        return self._final_norm(hidden)
+
+    @torch.inference_mode()
+    def step(self, cache: KVCache, tokens: Tensor, table: Tensor) -> Tensor:
+        """A step of generation that looks at no value, so that the kernels it launches can be launched again.
+
+        Args:
+            cache: told of the step by `place_step`.
+            tokens: [n] int64, one of each of the first rows.
+            table: of `rotary_table`.
+
+        Returns:
+            [n, hidden size] after the final norm; there is one stage only.
+        """
+        hidden = self.model.embedding.word_embeddings(tokens)
+        return self._final_norm(self._through_layers(hidden, cache, table))
+
+    def rotary_table(self, cache: KVCache) -> Tensor:
+        """Cosines and sines of all places of the cache, [length, 2, head_dim / 2]."""
+        return self.model.rotary_pos_emb.table(cache.length, self.device)
+
+    def _through_layers(self, hidden: Tensor, cache: KVCache, table: Tensor) -> Tensor:
+        rows = table[cache.positions][:, :, None, None]
+        for layer in self.layers:
+            hidden = layer(hidden, rows[:, 0], rows[:, 1], cache)
+        return hidden
+
+    def _final_norm(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.model.decoder.final_layernorm.weight, self.model.config.layernorm_epsilon)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

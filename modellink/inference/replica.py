@@ -13,6 +13,7 @@ from torch import Tensor
 from modellink.inference.cache import KVCache, Piece
 from modellink.inference.forward import Stage
 from modellink.inference.memory import token_bytes
+from modellink.inference.steps import Capture, CapturedSteps
 from modellink.models.gpt import QwenModel
 from modellink.models.run import Run
 
@@ -29,7 +30,7 @@ class Replica:
     """
 
     def __init__(self, model: QwenModel, run: Run, device: torch.device, *, is_int8: bool,
-                 max_kv_cache_bytes: int | None, prefix_reuse: bool):
+                 max_kv_cache_bytes: int | None, prefix_reuse: bool, capture: Capture | None):
         self.model = model
         self.device = device
         self.max_kv_cache_bytes = max_kv_cache_bytes
@@ -39,6 +40,7 @@ class Replica:
         self.token_bytes = token_bytes(run.model, run.dims, run.settings.train.precision, is_int8)
         self._is_int8 = is_int8
         self._stage = Stage(model, device)
+        self._steps = CapturedSteps(self._stage, capture) if capture is not None else None
         self._group = parallel_state.get_model_parallel_group()
         rank = dist.get_rank(self._group)
         self.is_first = rank == 0
@@ -49,6 +51,8 @@ class Replica:
         old = self.cache
         if old is None or old.num_rows < num_rows or old.length < length:
             config = self.model.config
+            if self._steps is not None:
+                self._steps.forget()
             if old is not None and self.max_kv_cache_bytes is not None and (
                     old.num_bytes + num_rows * length * self.token_bytes > self.max_kv_cache_bytes):
                 old = self.cache = None  # both would not fit at the same time
@@ -65,6 +69,10 @@ class Replica:
         tokens = [token for piece in pieces for token in piece.tokens]
         self.num_computed += len(tokens)
         cache.begin(pieces)
+        if self._steps is not None and cache.is_step and len(wanted) == len(tokens):
+            hidden = self._steps.run(cache, tokens)
+            if hidden is not None:
+                return hidden
         return self._stage.forward(cache, tokens, wanted)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -103,22 +103,22 @@ def _grouped(situation: Situation) -> str | None:
 # operation -> its forms, fastest first; the last one is the reference, always usable
 TABLE: dict[str, tuple[Form, ...]] = {
     "rms_norm": (
-        Form("torch.compile of the formulas", compiled.rms_norm, COMPILING, _compile),
         Form("npu_rms_norm", pointwise.rms_norm, NPU, lambda s: dtype_problem(s.dtype)),
+        Form("torch.compile of the formulas", compiled.rms_norm, COMPILING, _compile),
         Form("RMSNorm of liger-kernel", cuda_pointwise.rms_norm, CUDA, _liger_norm),
         Form("torch rms_norm", rms_norm.torch_rms_norm),
         Form("plain formulas", reference.rms_norm),
     ),
     "rotary": (
-        Form("torch.compile of the formulas", compiled.rotate, COMPILING, _compile),
         Form("npu_rotary_mul", pointwise.rotate, NPU, lambda s: limits.rotary_problem(s.dtype, s.head_dim)),
+        Form("torch.compile of the formulas", compiled.rotate, COMPILING, _compile),
         Form("rotary of liger-kernel", cuda_pointwise.rotate, CUDA, _liger_rotary),
         Form("elementwise torch operations", rotary.torch_rotate),
         Form("plain formulas", reference.rotate),
     ),
     "swiglu": (
-        Form("torch.compile of the formulas", compiled.swiglu, COMPILING, _compile),
         Form("npu_swiglu", pointwise.swiglu, NPU, lambda s: dtype_problem(s.dtype)),
+        Form("torch.compile of the formulas", compiled.swiglu, COMPILING, _compile),
         Form("SwiGLU of liger-kernel", cuda_pointwise.swiglu, CUDA, _liger_swiglu),
         Form("elementwise torch operations", swiglu.torch_swiglu),
         Form("plain formulas", reference.swiglu),

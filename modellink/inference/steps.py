@@ -1,0 +1,87 @@
+"""Steps of generation that are recorded once and launched again as a whole (CUDA graphs).
+
+A step of a small batch is some hundred kernels of microseconds each; launching them one by one takes longer than they
+run. A recording has fixed shapes and fixed places in memory: tokens and positions are tensors that are filled before a
+launch, and attention reads a rounded number of tokens of each row, with a mask made from the positions.
+
+Import this module only after the device was chosen (`modellink.start`): it imports megatron.core.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modellink.inference.cache import KVCache
+from modellink.inference.forward import Stage
+
+# what records the kernels of a function; the result launches them again and gives the tensor that they fill
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+READ_TOGETHER = 256  # tokens by which the part of a row that is read grows
+WORTH_RECORDING = 4  # steps of the same shape in a row: recording costs about as much as some steps
+MOST_RECORDINGS = 16
+
+
+class _Step:
+    """One recording: so many rows, of which so many tokens are read."""
+
+    def __init__(self, stage: Stage, cache: KVCache, count: int, end: int, capture: Capture):
+        self.tokens = torch.zeros(count, dtype=torch.int64, device=stage.device)
+        self.positions = torch.zeros(count, dtype=torch.int64, device=stage.device)
+        # held here: the model replaces its table by a larger one, and a recording reads where the old one lay
+        self._table = stage.rotary_table(cache)
+
+        def run() -> Tensor:
+            cache.place_step(self.positions, end)
+            return stage.step(cache, self.tokens, self._table)
+
+        self._run, self._capture = run, capture
+        self._launch: Callable[[], Tensor] | None = None
+
+    def __call__(self, tokens: list[int], positions: Tensor) -> Tensor:
+        self.tokens.copy_(torch.tensor(tokens))
+        self.positions.copy_(positions)
+        if self._launch is None:  # with true tokens and positions: recording may run the step, and it writes keys
+            self._launch = self._capture(self._run)
+        return self._launch().clone()  # the next launch fills the same tensor
+
+
+class CapturedSteps:
+    """The recordings of a stage, made when a shape comes up often enough."""
+
+    def __init__(self, stage: Stage, capture: Capture):
+        self._stage = stage
+        self._capture = capture
+        self._cache: KVCache | None = None
+        self._recorded: dict[tuple[int, int], _Step] = {}
+        self._last: tuple[int, int] = (0, 0)
+        self._times = 0
+
+    def forget(self) -> None:
+        """Let go of all recordings and of the cache that they hold."""
+        self._recorded.clear()
+        self._cache, self._times = None, 0
+
+    def run(self, cache: KVCache, tokens: list[int]) -> Tensor | None:
+        """The step that `cache.begin` was told of, from a recording; None when there is none yet.
+
+        Returns:
+            [rows, hidden size], as of `Stage.forward`.
+        """
+        if cache is not self._cache:  # recordings know places in the memory of the old one
+            self.forget()
+            self._cache = cache
+        shape = (len(tokens), min(-(-cache.longest // READ_TOGETHER) * READ_TOGETHER, cache.length))
+        self._times = self._times + 1 if shape == self._last else 1
+        self._last = shape
+        step = self._recorded.pop(shape, None)
+        if step is None:
+            if self._times < WORTH_RECORDING:
+                return None
+            if len(self._recorded) == MOST_RECORDINGS:
+                del self._recorded[next(iter(self._recorded))]
+            step = _Step(self._stage, cache, *shape, self._capture)
+        self._recorded[shape] = step  # the last one used comes last
+        hidden = step(tokens, cache.positions)
+        cache.end()
+        return hidden

@@ -1,0 +1,100 @@
+"""Generation with recorded steps on the CPU: `python steps_worker.py FOLDER` writes FOLDER/steps.json.
+
+What a GPU does with a CUDA graph, `make_fx` does here: it writes down the aten operators of one step with the shapes
+and the memory they had, and runs these, and no Python of the step, ever after. An operator that depended on a value of
+the first step (a length, a row, a place) would go on using that value.
+"""
+
+import dataclasses
+import json
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from inference_cases import MODELS, PROMPTS, SHARING
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from modellink.config.settings import parse_settings
+from modellink.inference.request import Request, SamplingSettings
+from modellink.ops.forms import use_forms
+from modellink.ops.table import choose
+from modellink.parallel.groups import stop_groups
+from modellink.runtime import prepare_run
+from modellink.start import start
+
+LONG = SamplingSettings(max_new_tokens=60)
+RECORDED: list[int] = []  # operators of each recording
+LAUNCHES: list[int] = []
+
+
+def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """As `modellink.device.cuda.capture`."""
+    graph: Any = make_fx(step)()
+    RECORDED.append(len(graph.graph.nodes))
+    out: list[Tensor] = []
+
+    def launch() -> Tensor:
+        LAUNCHES.append(1)
+        with torch.no_grad():
+            result = graph()
+            out[:] = [out[0].copy_(result) if out else result]  # a recording always fills the same tensor
+        return out[0]
+
+    return launch
+
+
+def answers(engine: Any) -> dict[str, Any]:
+    """Rows of other lengths that end at other steps; more requests than rows; what was answered goes on; beams."""
+    uneven = [Request(prompt, dataclasses.replace(LONG, max_new_tokens=60 - 11 * index, logprobs=True))
+              for index, prompt in enumerate(PROMPTS)]
+    first = engine.generate(uneven)
+    engine.max_batch_size = 3
+    queued = engine.generate([Request(prompt, LONG) for prompt in (*PROMPTS, *SHARING)])
+    again = engine.generate([Request([*prompt, *answer.tokens, 5], dataclasses.replace(LONG, max_new_tokens=40))
+                             for prompt, answer in zip(PROMPTS, first)])
+    beams = engine.generate([Request(PROMPTS[0], dataclasses.replace(LONG, max_new_tokens=20, num_beams=3))])
+    engine.score([(PROMPTS[0], PROMPTS[1])])
+    old = weakref.ref(engine.replica.cache)
+    engine.replica.prefix_reuse = False
+    engine.replica.reserve(1, 200)
+    assert old() is None  # a longer cache took its place, and no recording holds the old one
+    return {"tokens": [answer.tokens for part in (first, queued, again, beams) for answer in part],
+            "logprobs": [value for answer in first for value in answer.logprobs]}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    device: Any = None
+    for name in MODELS:
+        line = f"--load {folder / name} --tokenizer-name-or-path {folder / 'tokenizer'} --device cpu"
+        run = prepare_run(parse_settings("worker", "test", line.split()), 1, "generate")
+        device = device or start(run)
+        from modellink.inference import steps
+        from modellink.inference.engine import Engine
+        from modellink.inference.load import load_chunks
+        from modellink.models.forms import situation_of
+
+        def engine(run: Any = run, device: Any = device, **options: Any) -> Any:
+            """In the forms that a GPU would get."""
+            chunks, run = load_chunks(run, device)
+            use_forms(choose(dataclasses.replace(situation_of(run, device), device="cuda")), "cpu")
+            return Engine(chunks, run, device.current(), **options)
+
+        steps.READ_TOGETHER = 16  # so that rows grow over several shapes
+        for kind in ("auto", "int8") if name == "tied" else ("auto",):
+            expected = answers(engine(kv_cache_dtype=kind))
+            RECORDED.clear(), LAUNCHES.clear()
+            got = answers(engine(kv_cache_dtype=kind, capture=capture))
+            found[f"{name} {kind}"] = {"got": got, "expected": expected, "recorded": list(RECORDED),
+                                       "launches": len(LAUNCHES)}
+    (folder / "steps.json").write_text(json.dumps(found))
+    stop_groups()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
