@@ -7,6 +7,8 @@ from modellink.ops.forms import chosen, form_of
 from modellink.ops.reference import column_linear as reference_column
 from modellink.ops.reference import row_linear as reference_row
 
+_CACHED_ELEMENTS = 1 << 19  # of a product in 16 bits: 1 MiB, the second cache of a core
+
 
 def column_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The product of the whole sequence with this rank's output features.
@@ -36,6 +38,11 @@ def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     return form_of("row_linear", x.device.type, reference_row)(x, weight, group)
 
 
+def accumulates_weight_gradients(device_type: str) -> bool:
+    """Whether the layers add to their main gradient in `accumulate_weight_gradient` and hand autograd none."""
+    return chosen("weight_gradient", device_type) is not None
+
+
 def has_own_linear(device_type: str) -> bool:
     """Whether the layers use `column_linear` and `row_linear` instead of megatron-core's own."""
     return chosen("column_linear", device_type) is not None
@@ -53,8 +60,13 @@ def accumulate_weight_gradient(x: Tensor, grad: Tensor, total: Tensor) -> None:
 
 
 def torch_accumulate(x: Tensor, grad: Tensor, total: Tensor) -> None:
-    """The portable form: inside the product where the dtypes agree, otherwise product and addition."""
+    """The portable form: inside the product where the dtypes agree, otherwise product and addition.
+
+    On the CPU the product is added part by part, so that it never leaves the cache.
+    """
     if x.dtype == total.dtype:
         total.addmm_(grad.t(), x)
-    else:
-        total.add_(grad.t() @ x)
+        return
+    rows = total.shape[0] if x.device.type != "cpu" else max(1, _CACHED_ELEMENTS // total.shape[1])
+    for part, columns in zip(total.split(rows), grad.split(rows, dim=1)):
+        part.add_(columns.t() @ x)

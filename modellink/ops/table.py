@@ -11,6 +11,7 @@ from modellink.ops.npu import parallel_linear as npu_linear
 from modellink.ops.npu.library import has_operator
 
 NPU = ("npu",)
+CPU = ("cpu",)
 
 
 def _attention(situation: Situation) -> str | None:
@@ -45,7 +46,8 @@ def _mindspeed(situation: Situation) -> str | None:
 
 
 def _accumulates(situation: Situation) -> str | None:
-    if "gradient_accumulation_fusion" not in situation.wishes:
+    # on the CPU it saves memory and passes over it; elsewhere it is a wish
+    if situation.device != "cpu" and "gradient_accumulation_fusion" not in situation.wishes:
         return "--gradient-accumulation-fusion is off"
     return None
 
@@ -87,6 +89,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("plain formulas", reference.attend_rows),
     ),
     "cross_entropy": (
+        Form("chunks of tokens, derivative beside the loss (vocabulary parallel: gradient in place)",
+             cross_entropy.cpu_cross_entropy, CPU),
         Form("chunks of tokens, vocabulary parallel, gradient in place", cross_entropy.torch_cross_entropy),
         Form("plain formulas", reference.vocab_parallel_cross_entropy),
     ),

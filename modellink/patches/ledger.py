@@ -13,6 +13,7 @@ from typing import Any
 
 from modellink.device.base import Device
 from modellink.ops.adamw import FusedAdamW
+from modellink.ops.gradients import multi_tensor_norm, multi_tensor_scale
 from modellink.ops.parallel_linear import accumulate_weight_gradient
 
 
@@ -62,6 +63,12 @@ def _weight_gradient(device: Device) -> None:
     layers._grad_accum_fusion_available = True
 
 
+def _clipping(device: Device) -> None:
+    clipping: Any = import_module("megatron.core.optimizer.clip_grads")
+    clipping.l2_norm_impl = multi_tensor_norm
+    clipping.multi_tensor_scale_impl = multi_tensor_scale
+
+
 ALL_DEVICES = ("cpu", "cuda", "npu")
 
 LEDGER: tuple[Patch, ...] = (
@@ -75,6 +82,9 @@ LEDGER: tuple[Patch, ...] = (
           "is there", ALL_DEVICES, "0.16.1",
           "--gradient-accumulation-fusion asks for an Apex extension; our operation adds to the main gradient instead",
           "the core takes the function from its configuration", _weight_gradient),
+    Patch("clipping", "megatron.core.optimizer.clip_grads.l2_norm_impl, multi_tensor_scale_impl", ALL_DEVICES, "0.16.1",
+          "without Apex or TE every gradient is copied to be scaled, and the norm waits for the device at every tensor",
+          "the core's own fallbacks work in place and on all tensors at once", _clipping),
 )
 
 
