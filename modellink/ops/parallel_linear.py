@@ -1,4 +1,6 @@
-"""Tensor parallel linear layers under sequence parallelism, and where their weight's gradient goes."""
+"""Linear layers: tensor parallel ones under sequence parallelism, those of one rank, and where the gradient goes."""
+
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +43,15 @@ def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
 def accumulates_weight_gradients(device_type: str) -> bool:
     """Whether the layers add to their main gradient in `accumulate_weight_gradient` and hand autograd none."""
     return chosen("weight_gradient", device_type) is not None
+
+
+def own_linear(device_type: str) -> Callable[[Tensor, Tensor, Tensor | None, bool], Tensor] | None:
+    """The linear layer of one rank in a form of ours; None where megatron-core's own does the work.
+
+    Its arguments: x [..., in]; weight [out, in]; bias [out] or None; whether the weight has a main gradient that takes
+    the sum of its gradients (it then hands autograd an empty one, as the core does). It gives [..., out].
+    """
+    return chosen("linear", device_type)
 
 
 def has_own_linear(device_type: str) -> bool:

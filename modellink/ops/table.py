@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 
 from modellink.ops import adamw, attention, cross_entropy, parallel_linear, reference, rms_norm, rotary, swiglu
+from modellink.ops.cpu import attention as cpu_attention
+from modellink.ops.cpu import linear as cpu_linear
 from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
 from modellink.ops.npu import attention as npu_attention
 from modellink.ops.npu import limits, pointwise
@@ -80,6 +82,7 @@ TABLE: dict[str, tuple[Form, ...]] = {
     "attention": (
         Form("npu_fusion_attention (SBH, packed TND, compressed causal mask)", npu_attention.attention, NPU,
              _attention),
+        Form("tiles of queries", cpu_attention.attention, CPU, cpu_attention.problem),
         Form("torch scaled_dot_product_attention", attention.torch_attention),
         Form("plain formulas", reference.attention),
     ),
@@ -104,6 +107,11 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("added to the main gradient behind the product", parallel_linear.torch_accumulate, (), _accumulates),
         Form("a gradient of its own, added by megatron-core", None),
         Form("plain formulas", reference.accumulate_weight_gradient),
+    ),
+    "linear": (
+        Form("oneDNN's products", cpu_linear.linear, CPU, cpu_linear.problem),
+        Form("megatron-core, torch's products", None),
+        Form("plain formulas", reference.linear),
     ),
     "column_linear": (
         Form("MC2, npu_all_gather_base_mm", npu_linear.column_linear, NPU, _mc2),

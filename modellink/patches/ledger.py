@@ -5,6 +5,7 @@ Applied once by `apply_patches`, never on import.
 The rewrite for the device itself, and the switched-off jit fuser, are in `modellink.device.retarget`.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,8 +14,9 @@ from typing import Any
 
 from modellink.device.base import Device
 from modellink.ops.adamw import FusedAdamW
+from modellink.ops.embedding import embedding
 from modellink.ops.gradients import multi_tensor_norm, multi_tensor_scale
-from modellink.ops.parallel_linear import accumulate_weight_gradient
+from modellink.ops.parallel_linear import accumulate_weight_gradient, own_linear
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,27 @@ def _weight_gradient(device: Device) -> None:
     layers._grad_accum_fusion_available = True
 
 
+def _linear(device: Device) -> None:
+    layers: Any = import_module("megatron.core.tensor_parallel.layers")
+    of_core = layers.linear_with_grad_accumulation_and_async_allreduce
+
+    @functools.wraps(of_core)
+    def linear(input: Any, weight: Any, bias: Any, gradient_accumulation_fusion: bool, allreduce_dgrad: bool,
+               sequence_parallel: bool, *rest: Any, **options: Any) -> Any:
+        form = own_linear(input.device.type)
+        if form is None or input.dtype != weight.dtype or allreduce_dgrad or sequence_parallel:
+            return of_core(input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel,
+                           *rest, **options)
+        return form(input, weight, bias, gradient_accumulation_fusion)
+
+    layers.linear_with_grad_accumulation_and_async_allreduce = linear
+
+
+def _embedding(device: Device) -> None:
+    layers: Any = import_module("megatron.core.tensor_parallel.layers")
+    layers.F = SimpleNamespace(embedding=embedding)  # all that the module takes of torch.nn.functional
+
+
 def _clipping(device: Device) -> None:
     clipping: Any = import_module("megatron.core.optimizer.clip_grads")
     clipping.l2_norm_impl = multi_tensor_norm
@@ -82,6 +105,12 @@ LEDGER: tuple[Patch, ...] = (
           "is there", ALL_DEVICES, "0.16.1",
           "--gradient-accumulation-fusion asks for an Apex extension; our operation adds to the main gradient instead",
           "the core takes the function from its configuration", _weight_gradient),
+    Patch("linear", "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce", ("cpu",),
+          "0.16.1", "it names torch's product, which on many CPUs is not the fastest; the head is built by the core and "
+          "takes no class of ours", "the core takes the function from its configuration", _linear),
+    Patch("embedding", "megatron.core.tensor_parallel.layers.F", ("cpu",), "0.16.1",
+          "the gradient of the embedding is a whole table of zeros for a few rows, made and added every microbatch",
+          "the core adds rows to the main gradient", _embedding),
     Patch("clipping", "megatron.core.optimizer.clip_grads.l2_norm_impl, multi_tensor_scale_impl", ALL_DEVICES, "0.16.1",
           "without Apex or TE every gradient is copied to be scaled, and the norm waits for the device at every tensor",
           "the core's own fallbacks work in place and on all tensors at once", _clipping),
