@@ -82,7 +82,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
     "attention": (
         Form("npu_fusion_attention (SBH, packed TND, compressed causal mask)", npu_attention.attention, NPU,
              _attention),
-        Form("tiles of queries", cpu_attention.attention, CPU, cpu_attention.problem),
+        Form(f"tiles of queries up to {cpu_attention.LONGEST} tokens, torch scaled_dot_product_attention beyond",
+             cpu_attention.attention, CPU),
         Form("torch scaled_dot_product_attention", attention.torch_attention),
         Form("plain formulas", reference.attention),
     ),
