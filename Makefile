@@ -10,11 +10,11 @@ NPU_STAMP := $(NPU_VENV)/.installed
 
 .PHONY: quickstart demo-sft test test-all test-npu needs-gcc lint docs clean
 
-# the whole job on real text, on this machine, in about four minutes
+# the whole job on real text, on this machine, in about three minutes
 quickstart: $(STAMP)
 	$(BIN)/python -m modellink.quickstart
 
-# instruction tuning on a small task, examined on items it never saw, in about two minutes
+# instruction tuning on a small task, examined on items it never saw, in about a minute
 demo-sft: $(STAMP)
 	$(BIN)/python -m modellink.demo_sft
 

@@ -24,10 +24,9 @@ setup(
         "npu": ["torch-npu==2.13.0", "torch==2.13.0", "pyyaml"],
         "cuda": ["nvidia-ml-py>=12"],
         "eval": ["lm-eval>=0.4.13"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "dev": [
-            "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.15", "mypy>=1.18", "pre-commit>=4",
-            "matplotlib>=3.9", "plotext>=6.1", "tensorboard>=2.18", "rich-argparse>=1.7",
+            "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.15",
+            "mypy>=1.18", "pre-commit>=4", "matplotlib>=3.9", "plotext>=6.1", "tensorboard>=2.18", "rich-argparse>=1.7",
             "peft>=0.21,<0.22", "trl>=1.16,<2", "dashscope>=2.0", "tiktoken>=0.9",
         ],
     },

@@ -20,7 +20,11 @@ WORDS = 1003
 NUM_NEW = 10
 # TP and PP by number of ranks; the rest of the ranks are data parallel replicas
 LAYOUTS = {"1": [[1, 1]], "2": [[2, 1], [1, 2], [1, 1]], "4": [[2, 2], [1, 2]]}
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS = {"untied": {}, "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True}}
+FORMS = {"untied": ["--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2",
+                    "--num-layers-per-virtual-pipeline-stage", "1"],
+         "tied": ["--ckpt-format", "torch_dist"]}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [900], [17, 500, 3], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55]]
 # passes of the logits case over three rows: a prompt in parts, rows of other lengths, then all rows together
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 35], [8, 97, 9, 3], [23, 84, 62, 64, 33, 8]]
@@ -60,13 +64,12 @@ def to_megatron(hf: Path, target: Path, *flags: str) -> None:
 
 
 def make_place(root: Path) -> Path:
-    """A tokenizer, and models as HF folders and as Megatron checkpoints of TP2 PP2 VPP2 (bf16: of one rank)."""
+    """A tokenizer, and models as HF folders and as Megatron checkpoints (bf16: of one rank)."""
     make_tokenizer(root / "tokenizer", 900)
     for name, changes in MODELS.items():
         save_tiny(root / name, **changes)
         (root / name / "generation_config.json").unlink()
-        to_megatron(root / name, root / f"{name}_mg", "--target-tensor-parallel-size", "2",
-                    "--target-pipeline-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1")
+        to_megatron(root / name, root / f"{name}_mg", *FORMS[name])
     save_tiny(root / "bf16_hf", dtype=torch.bfloat16)
     to_megatron(root / "bf16_hf", root / "bf16")
     return root

@@ -5,6 +5,7 @@ FOLDER/world{W}_rank{R}.pt: {(layout, model): {case: result}}.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference_cases import BEAMS, HEADER, NUM_NEW, PAIRS, PASSES, PROMPTS, SAMPLED, SHARING, STOPS
+from inference_cases import BEAMS, HALVES, HEADER, NUM_NEW, PAIRS, PASSES, PROMPTS, SAMPLED, SHARING, STOPS
 
 from modellink.config.errors import ConfigError
 from modellink.config.settings import parse_settings
@@ -91,7 +92,7 @@ def recomputed(engine: Any, prompts: list[list[int]], count: int) -> list[list[i
     return [row[len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
-def run_cases(engine: Any, tied: bool) -> dict[str, Any]:
+def run_cases(engine: Any) -> dict[str, Any]:
     lengths = [NUM_NEW - index for index in range(len(PROMPTS))]  # rows end at different steps
     uneven = [Request(prompt, dataclasses.replace(GREEDY, max_new_tokens=length))
               for prompt, length in zip(PROMPTS, lengths)]
@@ -127,12 +128,14 @@ def run_cases(engine: Any, tied: bool) -> dict[str, Any]:
     out["scores_chunked"] = engine.score(PAIRS)
     stopping = dataclasses.replace(GREEDY, stop_ids=frozenset({out["single"][0][3]}))
     out["stopped"] = tokens_of(engine, [Request(PROMPTS[0], stopping)])[0]
-    if not tied:
-        raise_padding_rows(engine.model, engine.run.dims.tensor)
-        out["raised_padding"] = tokens_of(engine, [Request(PROMPTS[0], GREEDY)])[0]
-        hot = dataclasses.replace(GREEDY, greedy=False, temperature=100.0)
-        out["raised_padding_sampled"] = tokens_of(engine, [Request(PROMPTS[0], hot)])[0]
     return out
+
+
+def run_raised(engine: Any) -> dict[str, Any]:
+    """Cases of a model whose padding rows would win."""
+    hot = dataclasses.replace(GREEDY, greedy=False, temperature=100.0)
+    return {"raised_padding": tokens_of(engine, [Request(PROMPTS[0], GREEDY)])[0],
+            "raised_padding_sampled": tokens_of(engine, [Request(PROMPTS[0], hot)])[0]}
 
 
 def run_alone(make: Any) -> dict[str, Any]:
@@ -200,30 +203,36 @@ def main(folder: Path) -> None:
             from megatron.core import parallel_state
 
             from modellink.inference.engine import Engine
-            from modellink.inference.load import load_engine
+            from modellink.inference.load import load_chunks, load_engine
 
             key = f"TP{layout[0]} PP{layout[1]}", name
             if rank.world_size == 1 and name == "untied":
-                whole = load_engine(run, device)
-                results["alone", name] = run_alone(
-                    lambda whole=whole, **options: Engine([whole.model], whole.run, whole.device, **options))
-            results[key] = run_cases(load_engine(run, device), tied=name == "tied")
+                results["alone", name] = run_alone(functools.partial(load_engine, run, device))
+            results[key] = run_cases(load_engine(run, device))
+            if name == "untied":
+                chunks, raised = load_chunks(run, device)
+                raise_padding_rows(chunks[0], run.dims.tensor)
+                results[key] |= run_raised(Engine(chunks, raised, device.current()))
             if rank.world_size == 1:
                 settings = dataclasses.replace(run.settings, checkpoint=dataclasses.replace(
                     run.settings.checkpoint, load=str(folder / name)))  # the HF folder
                 engine = load_engine(dataclasses.replace(run, settings=settings), device)
                 results[key]["from_hf"] = tokens_of(engine, [Request(prompt, GREEDY) for prompt in PROMPTS])
-                short = load_engine(make_run(folder, "bf16", folder / "tokenizer", layout, 1), device)
-                results[key]["dtype"] = next(short.model.parameters()).dtype
-                results[key]["bf16"] = tokens_of(short, [Request(PROMPTS[0], SamplingSettings())])[0]
-                half = load_engine(make_run(folder, "bf16", folder / "tokenizer", layout, 1, "--fp16"), device)
-                results[key]["fp16"] = half.model.config.params_dtype, tokens_of(
-                    half, [Request(PROMPTS[0], GREEDY)])[0]
                 flagged = load_engine(make_run(folder, load, folder / "tokenizer", layout, 1, "--max-kv-cache-gb 0.5 "
                                                "--kv-cache-dtype int8 --no-prefix-reuse --max-batch-size 3"), device)
                 flagged.generate([Request(prompt, GREEDY) for prompt in PROMPTS])
                 results[key]["flags"] = (flagged.replica.max_kv_cache_bytes, flagged.replica.prefix_reuse,
                                          flagged.max_batch_size, flagged.replica.cache.is_int8)
+            if name == "untied":
+                for dtype in HALVES:
+                    half = load_engine(make_run(folder, "bf16", folder / "tokenizer", layout, rank.world_size,
+                                                f"--{dtype}"), device)
+                    results[key][dtype] = {
+                        "dtype": next(half.model.parameters()).dtype, "logits": logits_of(half, PASSES, 3),
+                        "tokens": tokens_of(half, [Request(prompt, GREEDY) for prompt in PROMPTS])}
+            if key == ("TP1 PP1", "tied") and rank.world_size == 1:
+                unasked = load_engine(make_run(folder, "bf16", folder / "tokenizer", layout, 1), device)
+                results[key]["own_dtype"] = next(unasked.model.parameters()).dtype
             parallel_state.destroy_model_parallel()
     torch.save(results, folder / f"world{rank.world_size}_rank{rank.rank}.pt")
     stop_groups()

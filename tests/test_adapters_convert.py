@@ -210,6 +210,32 @@ def test_a_peft_folder_of_ours_remembers_its_base(here: Path, capsys: pytest.Cap
     assert run("--from hf --to hf --load-dir hf --lora-load out --save-dir merged") == 0
 
 
+def test_a_merge_into_the_distributed_form(here: Path) -> None:
+    assert run("--from hf --to hf --load-dir hf --lora-load peft --save-dir merged") == 0
+    assert run("--load-dir mg --lora-load own --ckpt-format torch_dist --save-dir dist --verify") == 0
+    assert run("--from megatron --to hf --load-dir dist --hf-config-dir hf --save-dir back") == 0
+    merged, back = load_hf(here / "merged"), load_hf(here / "back")
+    assert any(not torch.equal(merged[name], tensor) for name, tensor in load_hf(here / "hf").items())
+    assert_same(back, merged)
+
+
+def test_the_template_of_the_adapters_goes_where_they_go(here: Path) -> None:
+    record = '{"name": "alpaca", "fingerprint": "1234"}'
+    shutil.copytree(here / "own", here / "tuned")
+    (here / "tuned" / "prompt_template.json").write_text(record)
+    shutil.copytree(here / "hf", here / "base")
+    (here / "base" / "prompt_template.json").write_text('{"name": "qwen", "fingerprint": "5678"}')
+    for words, place in (("--from hf --to hf --load-dir base --lora-load tuned", "."),
+                         ("--load-dir mg --lora-load tuned", "hf"),
+                         ("--from adapters --to adapters --load-dir tuned --target-pipeline-parallel-size 2", "."),
+                         ("--from adapters --to peft --load-dir tuned", ".")):
+        assert run(f"{words} --save-dir out --overwrite") == 0
+        assert (here / "out" / place / "prompt_template.json").read_text() == record
+        shutil.rmtree(here / "out")
+    assert run("--from hf --to hf --load-dir base --lora-load own --save-dir out") == 0
+    assert "qwen" in (here / "out" / "prompt_template.json").read_text()  # adapters without a record change nothing
+
+
 def test_dry_runs_of_adapters(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
     for words, parts in (

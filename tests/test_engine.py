@@ -7,6 +7,7 @@ import pytest
 import torch
 from inference_cases import (
     BEAMS,
+    HALVES,
     HEADER,
     LAYOUTS,
     MODELS,
@@ -179,10 +180,36 @@ class TestLayouts:
 
 def test_weights_from_a_hf_folder_and_in_their_own_dtype(results: Any, expected: Any) -> None:
     for name in MODELS:
-        seen = results["1"][0]["TP1 PP1", name]
-        assert seen["from_hf"] == expected[name]
-        assert seen["dtype"] is torch.bfloat16 and len(seen["bf16"]) == 128
-        assert seen["fp16"][0] is torch.float16 and len(seen["fp16"][1]) == NUM_NEW
+        assert results["1"][0]["TP1 PP1", name]["from_hf"] == expected[name]
+    assert results["1"][0]["TP1 PP1", "tied"]["own_dtype"] is torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("world, layout", [(world, layout) for world, layout, name in CASES if name == "untied"])
+def test_half_precision_is_as_near_to_fp32_as_transformers(world: str, layout: str, dtype: str, results: Any,
+                                                          place: Path) -> None:
+    exact, peer = (Qwen2ForCausalLM.from_pretrained(place / "bf16_hf", dtype=kind)
+                   for kind in (torch.float32, HALVES[dtype]))
+
+    def at_seen(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            whole = [model(torch.tensor([row])).logits[0].float() for row in ROWS]
+        return torch.stack([whole[row][position] for places in SEEN for row, position in places])
+
+    want = at_seen(exact)
+    errors = at_seen(peer) - want
+    for rank in results[world]:
+        assert rank[layout, "untied"][dtype]["dtype"] is HALVES[dtype]
+    own = torch.cat(results[world][-1][layout, "untied"][dtype]["logits"]) - want
+    assert 0 < own.square().mean() < 1.5 ** 2 * errors.square().mean()  # random roundings: equal but for chance
+    assert own.abs().max() < 2 * errors.abs().max()
+    # every token is a best one, as far as rounding tells
+    margin = 4 * float(errors.abs().max())
+    for prompt, tokens in zip(PROMPTS, results[world][0][layout, "untied"][dtype]["tokens"], strict=True):
+        assert len(tokens) == NUM_NEW
+        with torch.no_grad():
+            logits = exact(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1]
+        assert (logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]).max() <= margin
 
 
 def test_flags_reach_the_engine(results: Any) -> None:

@@ -180,6 +180,32 @@ def test_forms_follow_the_device_of_the_tensors() -> None:
     assert form_of("rotary", "npu", torch_rotate) is torch_rotate
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_with_frozen_weights(has_bias: bool, dtype: torch.dtype) -> None:
+    weight, bias = leaf(48, 40, dtype=dtype).detach(), leaf(48, dtype=dtype, seed=1).detach() if has_bias else None
+    packed, portable, plain = (form.run(weight, bias) for form in TABLE["frozen_linear"])  # type: ignore[misc]
+    exact = reference.frozen_linear(weight.double(), None if bias is None else bias.double())
+    for rows in (1, 3, 4, 33):
+        x = leaf(rows, 40, dtype=dtype, seed=rows).detach()
+        want = exact(x.double())
+        for product in (packed, portable, plain):
+            got = product(x)
+            assert got.shape == (rows, 48) and got.dtype is dtype
+            # fp32: sums of 40 products; bf16: one rounding of the result
+            torch.testing.assert_close(got.double(), want, atol=1e-5 if dtype is torch.float32 else 1e-2,
+                                       rtol=1e-5 if dtype is torch.float32 else 2 ** -8)
+    weight.zero_()  # packed once
+    assert packed(x).abs().max() > 1 and (bias is not None or portable(x).abs().max() == 0)
+
+
+def test_which_weights_are_packed() -> None:
+    assert names(Situation("cpu", dtype=torch.float32))["frozen_linear"] == "oneDNN, weight packed once"
+    (line,) = (line for line in describe(Situation("cpu", dtype=torch.float16)) if "frozen_linear" in line)
+    assert line.endswith("torch linear (not oneDNN, weight packed once: for float32 and bfloat16)")
+    assert names(Situation("cuda"))["frozen_linear"] == "torch linear"
+
+
 def test_every_operation_ends_in_its_reference() -> None:
     for operation, forms in TABLE.items():
         assert forms[-1].run is not None and forms[-1].run.__module__ == reference.__name__, operation

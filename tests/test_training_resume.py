@@ -27,6 +27,7 @@ CASES = {
     "pp2-vpp2-tied": (2, ["--fp32", *PP2, *VPP]),
     "dp2-zero-bf16": (2, ["--bf16", *ZERO, *OVERLAP]),
     "dp2-zero-fp32": (2, ["--fp32", *ZERO]),
+    "dp2-zero-fp16-late": (2, ["--fp16", *ZERO, "--initial-loss-scale", str(2.0**18), "--hysteresis", "1"]),
     "tp2-pp2-vpp2-sp-bf16": (4, ["--bf16", *TP2, *PP2, *VPP, *SP]),
     "tp2-dp2-zero-bf16-ramp": (4, ["--bf16", *TP2, *ZERO, *OVERLAP, "--rampup-batch-size", "4", "4", "16"]),
 }
@@ -126,6 +127,8 @@ def test_precision_and_ramp_really_ran(folder: Path) -> None:
     fp16 = read_metrics(folder / "fp16.whole.jsonl")
     assert len({record["loss_scale"] for record in fp16}) > 1  # the dynamic scale moved
     assert 0.0 in {record["skipped"] for record in fp16[:4]}  # a step was taken before the save
+    late = [record["skipped"] for record in read_metrics(folder / "dp2-zero-fp16-late.whole.jsonl")]
+    assert set(late[:4]) == {1.0} and 0.0 in late[4:]  # saved before the first step that was taken
     ramp = read_metrics(folder / "tp2-dp2-zero-bf16-ramp.whole.jsonl")
     assert [record["samples"] for record in ramp] == [4, 4, 4, 4, 8, 8, 8, 8]
     model = load_rank_file(folder / "dp2-zero-bf16" / "whole" / "iter_0000008" / "mp_rank_00" / "model_optim_rng.pt")

@@ -1,5 +1,6 @@
 """Opened adapters, in HF coordinates under PEFT's names; here those of this program, saved in any layout."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from modellink.config.model import ModelConfig
 from modellink.lora.peft import PEFT_PREFIX
 
 
-class Adapters:
+class Adapters(ABC):
     """Opened adapters of any form: a `Source` whose names are PEFT's, and the HF model's for modules trained whole.
 
     Attributes:
@@ -41,16 +42,17 @@ class Adapters:
     iteration: int = 0
     dtype: torch.dtype
 
+    @abstractmethod
     def check(self) -> None:
         """Compare every tensor with what the configuration says, where opening has not done so."""
 
+    @abstractmethod
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, name: str, dim: int, start: int, stop: int) -> list[Tensor]:
         """Indices [start, stop) of a tensor along `dim`, as mapped views in order."""
-        raise NotImplementedError
 
     def peft_tensors(self, dtype: torch.dtype | None = None) -> list[LazyTensor]:
         """Every tensor of PEFT's adapter_model.safetensors; `dtype` None keeps each one's own."""

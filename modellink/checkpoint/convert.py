@@ -67,6 +67,7 @@ from modellink.config.errors import ConfigError, ProblemList
 from modellink.config.files import check_real
 from modellink.config.model import ModelConfig
 from modellink.config.parser import parse_sections
+from modellink.data.recorded import copy_template
 
 HF_COPIES = "hf"  # inside a Megatron folder: config and tokenizer of the HF folder it came from
 EXPORT = "mg2hg"  # inside SAVE_DIR: the original's name for an exported HF folder
@@ -191,6 +192,8 @@ def convert_to_megatron(what: ConvertFlags, target: TargetFlags, adapters: Adapt
             _copy_optimizer_files(source, job.folder, sums)
         write_manifest(job.folder, sums)
         copy_companions(companions, folder / HF_COPIES, tokenizer)
+        if adapters.lora_load is not None:
+            copy_template(Path(adapters.lora_load), folder / HF_COPIES)
         (folder / TRACKER).write_text(f"{iteration}\n", encoding="utf-8")
         if what.verify:
             verify(weights, open_megatron(folder), model, dtype, say=_say)
@@ -246,6 +249,8 @@ def export_hf(what: ConvertFlags, target: TargetFlags, adapters: AdapterFlags, s
         show_progress(write_parts(job, weights, _reopening(weights), what.workers, sums), needed, shown)
         write_index(folder, shards)
         copy_companions(config_dir, folder, None)
+        if adapters.lora_load is not None:
+            copy_template(Path(adapters.lora_load), folder)
         text = json.dumps(exported_config(raw, model, dtype or source.dtype), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         sums.update({path.name: file_sum(path) for path in folder.iterdir() if path.name not in sums})

@@ -37,6 +37,7 @@ from modellink.checkpoint.workers import write_parts
 from modellink.checkpoint.writing import CheckpointJob
 from modellink.config.errors import ConfigError, ProblemList
 from modellink.config.model import ModelConfig
+from modellink.data.recorded import copy_template
 from modellink.lora.peft import peft_config
 from modellink.lora.plan import LoraPlan
 
@@ -80,13 +81,14 @@ def convert_adapters(what: ConvertFlags, target: TargetFlags, flags: AdapterFlag
     stale = [save_dir / name for name in ((TRACKER,) if to_peft else (WEIGHTS, PICKLED))]
     with publish_folder(save_dir, stale=stale, last=ADAPTER_CONFIG if to_peft else TRACKER) as folder:
         sums: Sums = {}
+        copy_template(load_dir, folder)
         if to_peft:
             show_progress(write_safetensors(folder / WEIGHTS, tensors, sums, **{BASE_CHECKSUM: checksum}), needed,
                           shown)
             hf_base = flags.base_dir if flags.base_dir and is_hf_folder(Path(flags.base_dir)) else None
             content = peft_config(config.plan, hf_base, model.tie_word_embeddings)
             (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            sums[ADAPTER_CONFIG] = file_sum(folder / ADAPTER_CONFIG)
+            sums.update({path.name: file_sum(path) for path in folder.iterdir() if path.name not in sums})
             write_manifest(folder, sums)
         else:
             job = replace(job, folder=folder / iteration_folder_name(job.iteration))

@@ -6,6 +6,7 @@ nothing uses the rule table, so a mistake in it shows. Merged weights, and adapt
 coordinates.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -25,7 +26,7 @@ from modellink.ops.rotary import apply_rotary, rotary_table
 from modellink.ops.swiglu import swiglu
 
 
-class Forward:
+class Forward(ABC):
     """The passes of one folder.
 
     Args:
@@ -41,25 +42,25 @@ class Forward:
         self.table = rotary_table(256, model.head_dim, model.rope_theta, dtype=torch.float64)
 
     # what a kind of folder knows
+    @abstractmethod
     def tables(self, name: str) -> list[Tensor]:
         """Parts of the embedding or the head that follow one another, [rows, hidden]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norm(self, layer: int | None, which: int) -> Tensor:
         """The first (0) or second (1) norm of a layer, or the final norm for layer None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def heads(self, layer: int, rank: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of one rank for x [s, hidden]: [s, heads or groups, head_dim]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gate_up(self, layer: int, rank: int, x: Tensor) -> Tensor:
         """[s, 2 x width of the rank], gate first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def back(self, layer: int, rank: int, which: str, x: Tensor) -> Tensor:
         """The layer behind attention (`proj`) or the activation (`down`): [s, width of the rank] -> [s, hidden]."""
-        raise NotImplementedError
 
     # what all share
     def embed(self, ids: Tensor) -> Tensor:

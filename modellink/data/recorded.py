@@ -1,6 +1,7 @@
 """prompt_template.json: with which template the weights or adapters of a folder were tuned."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def keep_template(data: DataSettings, folder: Path) -> None:
     if found is not None:
         with write_beside(folder / TEMPLATE_FILE) as beside:
             beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_template(source: Path, target: Path) -> None:
+    """Give a folder the record of the weights or adapters that lie in `source`, where there is one."""
+    found = recorded_template([source])
+    if found is not None:
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(found[1], target / TEMPLATE_FILE)
 
 
 def recorded_template(folders: Iterable[Path]) -> tuple[dict[str, Any], Path] | None:

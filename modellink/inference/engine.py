@@ -36,7 +36,7 @@ class Engine:
 
     Args:
         chunks: the model chunks of this rank with weights loaded; generation runs one a stage, without sequence
-            parallelism.
+            parallelism. The engine takes the weights of their linear layers: nothing else can use them afterwards.
         run: the run the chunks were built for.
         device: of this rank.
         max_batch_size: rows in one step; more requests wait.

@@ -6,7 +6,6 @@ hooks in every layer), and knows no packed tokens over a cache; here a layer is 
 Import this module only after the device was chosen (`modellink.start`): it imports megatron.core.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
-from torch.nn.functional import linear
 
 from modellink.inference.cache import KVCache
 from modellink.models.gpt import QwenModel
-from modellink.ops.linear import laid_for_decoding
+from modellink.ops.linear import Product, frozen_linear
 from modellink.ops.rms_norm import rms_norm
 from modellink.ops.rotary import rotate
 from modellink.ops.swiglu import swiglu
@@ -49,20 +47,25 @@ class Layer:
         return hidden + self._fc2(swiglu(self._fc1(rms_norm(hidden, self._norm_2, self._eps))))
 
 
-def _function(module: Any) -> Callable[[Tensor], Tensor]:
+def _taken(module: Any) -> Product:
+    """The product of a module, which gives its weight away: no form needs it a second time in memory."""
+    product = frozen_linear(module.weight.data, None if module.bias is None else module.bias.data)
+    module.weight.data = module.weight.data.new_empty(0)
+    return product
+
+
+def _function(module: Any) -> Product:
     """What a parallel linear computes when nothing is trained; layers with adapters are called as they are."""
-    if type(module) in (ColumnParallelLinear, RowParallelLinear):
-        module.weight.data = laid_for_decoding(module.weight.data)
-    weight, bias = module.weight, module.bias
     if type(module) is ColumnParallelLinear:
-        return lambda x: linear(x, weight, bias)
-    if type(module) is RowParallelLinear and bias is None:
+        return _taken(module)
+    if type(module) is RowParallelLinear and module.bias is None:
+        product = _taken(module)
         group = parallel_state.get_tensor_model_parallel_group()
         if group.size() == 1:
-            return lambda x: linear(x, weight)
+            return product
 
         def reduced(x: Tensor) -> Tensor:
-            out = linear(x, weight)
+            out = product(x)
             dist.all_reduce(out, group=group)
             return out
 
@@ -82,11 +85,11 @@ class Stage:
         self.model = model
         self.device = device
         self.layers = [Layer(layer) for layer in model.decoder.layers]
-        self._head: Tensor | None = None
-        if model.post_process:
-            tied = model.share_embeddings_and_output_weights
-            self._head = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-            self._head.data = laid_for_decoding(self._head.data)
+        self._head: Product | None = None
+        if model.post_process and model.share_embeddings_and_output_weights and model.pre_process:
+            self._head = frozen_linear(model.shared_embedding_or_output_weight().data)  # the embedding needs it too
+        elif model.post_process:
+            self._head = _taken(model.output_layer)
         self._tensor = parallel_state.get_tensor_model_parallel_world_size()
         self._pipeline = parallel_state.get_pipeline_model_parallel_group()
         self._before = parallel_state.get_pipeline_model_parallel_prev_rank()
@@ -124,7 +127,7 @@ class Stage:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocabulary] fp32 without padding rows from `forward`'s result; on every rank of the last stage."""
         assert self._head is not None, "only the last stage has a head"
-        out = linear(hidden, self._head)
+        out = self._head(hidden)
         if self._tensor > 1:
             out = gather_from_tensor_model_parallel_region(out)
         return out[:, :self.model.real_vocab_size].float()

@@ -18,6 +18,7 @@ from modellink.inference.engine import Engine
 from modellink.inference.memory import cache_limit, precision_of
 from modellink.models.build import build_chunks, transformer_config
 from modellink.models.forms import choose_forms
+from modellink.models.gpt import QwenModel
 from modellink.models.run import Run
 
 
@@ -30,13 +31,11 @@ def for_generation(run: Run, source: Source) -> Run:
     return dataclasses.replace(run, settings=settings, dims=dims)
 
 
-def load_engine(run: Run, device: Device, *, max_kv_cache_bytes: int | None = None, kv_cache_dtype: str | None = None,
-                prefix_reuse: bool | None = None) -> Engine:
-    """Build this rank's part of the model, fill it from `--load` and `--lora-load` and put an engine around it.
+def load_chunks(run: Run, device: Device) -> tuple[list[QwenModel], Run]:
+    """Build this rank's part of the model and fill it from `--load` and `--lora-load`.
 
-    Args:
-        max_kv_cache_bytes, kv_cache_dtype, prefix_reuse: as for `Engine`; None takes `--max-kv-cache-gb`,
-            `--kv-cache-dtype` and `--prefix-reuse`.
+    Returns:
+        The chunks, and the run as generation needs it.
     """
     assert run.settings.checkpoint.load is not None, "prepare_run asks for --load"
     source = open_any(Path(run.settings.checkpoint.load))
@@ -53,9 +52,21 @@ def load_engine(run: Run, device: Device, *, max_kv_cache_bytes: int | None = No
     if run.lora is not None and run.settings.lora.lora_load is not None:
         adapters = open_adapters(Path(run.settings.lora.lora_load), source.model, run.lora.alpha)
         adapters.load_into(chunks, *place, run.padded_vocab_size)
+    return chunks, run
+
+
+def load_engine(run: Run, device: Device, *, max_kv_cache_bytes: int | None = None, kv_cache_dtype: str | None = None,
+                prefix_reuse: bool | None = None) -> Engine:
+    """An engine around `load_chunks`.
+
+    Args:
+        max_kv_cache_bytes, kv_cache_dtype, prefix_reuse: as for `Engine`; None takes `--max-kv-cache-gb`,
+            `--kv-cache-dtype` and `--prefix-reuse`.
+    """
+    chunks, run = load_chunks(run, device)
     wishes = run.settings.generation
     if max_kv_cache_bytes is None:
         max_kv_cache_bytes = cache_limit(run)
-    return Engine(chunks, run, current, max_batch_size=wishes.max_batch_size, max_kv_cache_bytes=max_kv_cache_bytes,
-                  kv_cache_dtype=kv_cache_dtype or wishes.kv_cache_dtype,
+    return Engine(chunks, run, device.current(), max_batch_size=wishes.max_batch_size,
+                  max_kv_cache_bytes=max_kv_cache_bytes, kv_cache_dtype=kv_cache_dtype or wishes.kv_cache_dtype,
                   prefix_reuse=wishes.prefix_reuse if prefix_reuse is None else prefix_reuse)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from modellink.ops.forms import form_of
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of gradients and of their squares
+
 
 def adamw(parameters: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor], *, step: int,
           lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -54,12 +56,15 @@ class FusedAdamW(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
             if not parameters:
                 continue
-            for parameter in parameters:
-                state = self.state[parameter]
-                if "exp_avg" not in state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-            adamw(parameters, [p.grad for p in parameters],
-                  [self.state[p]["exp_avg"] for p in parameters], [self.state[p]["exp_avg_sq"] for p in parameters],
-                  step=group["step"], lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                  weight_decay=group["weight_decay"])
+            states = [self.moments(parameter) for parameter in parameters]
+            adamw(parameters, [p.grad for p in parameters], [state["exp_avg"] for state in states],
+                  [state["exp_avg_sq"] for state in states], step=group["step"], lr=group["lr"], betas=group["betas"],
+                  eps=group["eps"], weight_decay=group["weight_decay"])
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter; both moments are zeros before its first step."""
+        state: dict[str, Tensor] = self.state[parameter]
+        for name in MOMENTS:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+        return state

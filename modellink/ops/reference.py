@@ -3,6 +3,7 @@
 Nothing here is fast or saves memory. Sums and exponentials are taken in fp32, or in fp64 for fp64 tensors.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -266,3 +267,12 @@ def sum_own_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
     return out
+
+
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """As `modellink.ops.linear.frozen_linear`."""
+    def product(x: Tensor) -> Tensor:
+        out = _wide(x) @ _wide(weight).T
+        return (out if bias is None else out + _wide(bias)).to(x.dtype)
+
+    return product

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 
-from modellink.ops import adamw, attention, cross_entropy, parallel_linear, reference, rms_norm, rotary, swiglu
+from modellink.ops import adamw, attention, cross_entropy, linear, parallel_linear, reference, rms_norm, rotary, swiglu
 from modellink.ops.cpu import attention as cpu_attention
 from modellink.ops.cpu import linear as cpu_linear
 from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
@@ -91,6 +91,12 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("npu_fused_infer_attention_score (BNSD)", npu_attention.attend_rows, NPU, _cached_attention),
         Form("torch scaled_dot_product_attention", attention.torch_attend_rows),
         Form("plain formulas", reference.attend_rows),
+    ),
+    "frozen_linear": (
+        Form("oneDNN, weight packed once", linear.packed_frozen_linear, ("cpu",),
+             lambda s: linear.packed_problem(s.dtype)),
+        Form("torch linear", linear.torch_frozen_linear),
+        Form("plain formulas", reference.frozen_linear),
     ),
     "cross_entropy": (
         Form("chunks of tokens, derivative beside the loss (vocabulary parallel: gradient in place)",

@@ -84,11 +84,13 @@ def our_engine(load: str, tokenizer_folder: str, seq_length: int) -> "Engine":
 
 def our_logits(load: str, tokenizer_folder: str, ids: "Tensor") -> "Tensor":
     """Logits of a Megatron checkpoint in one process on the CPU, [1, tokens, vocabulary] fp32."""
-    import torch
-
     engine = our_engine(load, tokenizer_folder, ids.shape[1])
-    with torch.inference_mode():
-        logits: torch.Tensor = engine.model(ids, None, None)[..., :engine.run.model.vocab_size].float()
+    from modellink.inference.cache import Piece
+
+    tokens = ids[0].tolist()
+    hidden = engine.replica.run(engine.replica.reserve(1, len(tokens)), [Piece(0, 0, tokens)], [*range(len(tokens))])
+    assert hidden is not None
+    logits = engine.replica.logits(hidden)[None]
     from modellink.parallel.groups import stop_groups
 
     stop_groups()

@@ -25,11 +25,11 @@ from modellink.checkpoint.qwen15 import HEAD, chunk_rules
 from modellink.checkpoint.rules import Rule
 from modellink.config import ConfigError
 from modellink.config.files import disk_error, remove
+from modellink.ops.adamw import MOMENTS
 
 if TYPE_CHECKING:
     from modellink.training.state import TrainState
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = ("param", "fp32_param")  # keys of fp32 main weights: of the distributed optimizer, and of the core's other one
 RATES = ("max_lr", "min_lr")  # of a group; the schedule prefers them to its own
 GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
@@ -139,13 +139,7 @@ class _Owned(NamedTuple):
     distributed: bool
 
     def tensors(self) -> dict[str, Tensor]:
-        """fp32 main weights, if the parameter is not itself fp32, and both moments, flat, by megatron-core's names.
-
-        Before the first step the moments are zeros.
-        """
-        for name in MOMENTS:
-            if name not in self.state:
-                self.state[name] = torch.zeros_like(self.main)
+        """fp32 main weights, if the parameter is not itself fp32, and both moments, flat, by megatron-core's names."""
         named = {name: self.state[name].view(-1) for name in MOMENTS}
         if self.distributed or self.main is not self.parameter:
             named[MAIN[0 if self.distributed else 1]] = self.main.detach().view(-1)
@@ -161,13 +155,13 @@ def _owned(state: "TrainState", parameter: torch.nn.Parameter) -> _Owned | None:
     if not state.run.settings.parallel.use_distributed_optimizer:
         main = getattr(parameter, "main_param", parameter)
         (optimizer,) = _inner_optimizers(state)
-        return _Owned(parameter, 0, main, optimizer.optimizer.state[main], distributed=False)
+        return _Owned(parameter, 0, main, optimizer.optimizer.moments(main), distributed=False)
     for optimizer in _inner_optimizers(state):
         if parameter in optimizer.model_param_group_index_map:
             group, order = optimizer.model_param_group_index_map[parameter]
             main = optimizer.optimizer.param_groups[group]["params"][order]
             held = optimizer._get_model_param_range_map(parameter)["param"]
-            return _Owned(parameter, held.start, main, optimizer.optimizer.state[main], distributed=True)
+            return _Owned(parameter, held.start, main, optimizer.optimizer.moments(main), distributed=True)
     return None
 
 

@@ -157,6 +157,8 @@ def _save_ranks(state: TrainState, step_folder: Path) -> None:
         if with_optimizer and sharded:
             # gathers over the data parallel group, then rank 0 of it writes
             beside = rank_folder / f".{OPTIMIZER_FILE}.part"
+            for parameter in (p for group in state.optimizer.optimizer.param_groups for p in group["params"]):
+                state.optimizer.optimizer.moments(parameter)  # the core gathers them also before the first step
             state.optimizer.save_parameter_state(str(beside))
             if writes:
                 sums[f"{rank_folder.name}/{OPTIMIZER_FILE}"] = file_sum(beside)
