@@ -7,8 +7,10 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 NPU_VENV := .venv-npu
 NPU_STAMP := $(NPU_VENV)/.installed
+TRITON_VENV := .venv-triton
+TRITON_STAMP := $(TRITON_VENV)/.installed
 
-.PHONY: quickstart demo-sft test test-all test-npu needs-gcc lint docs clean
+.PHONY: quickstart demo-sft test test-all test-npu test-triton needs-gcc lint docs clean
 
 # the whole job on real text, on this machine, in about three minutes
 quickstart: $(STAMP)
@@ -37,6 +39,11 @@ test-npu: needs-gcc $(NPU_STAMP)
 needs-gcc:
 	@command -v gcc > /dev/null || { echo "make test-npu compiles stub CANN libraries: install gcc first."; exit 1; }
 
+# liger-kernel's Triton kernels in the CUDA forms, interpreted on the CPU (docs/cuda.md)
+test-triton: $(TRITON_STAMP)
+	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
+		$(TRITON_VENV)/bin/python -m pytest -p no:cacheprovider tests/liger
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -64,5 +71,14 @@ $(NPU_STAMP): $(STAMP) tests/npu/stubs.py tests/npu/host_runtime.c tests/npu/old
 	$(BIN)/python tests/npu/old_schemas.py $(NPU_VENV)/schemas
 	touch $(NPU_STAMP)
 
+# 280 MB that nothing else needs on a machine without a GPU: an environment of its own, which borrows the first one's
+$(TRITON_STAMP): $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip $(TRITON_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(echo $(TRITON_VENV)/lib/python3*/site-packages)/requirements-of-modellink.pth
+	$(BIN)/python -m pip --python $(TRITON_VENV)/bin/python install --quiet --disable-pip-version-check --no-deps \
+		"liger-kernel==0.8.5" "triton==3.9.0"
+	touch $(TRITON_STAMP)
+
 clean:
-	rm -rf $(VENV) $(NPU_VENV) logs quickstart demo-sft
+	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) logs quickstart demo-sft

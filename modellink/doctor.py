@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from modellink.config.fields import flag
 from modellink.config.parser import parse_sections
 
-PACKAGES = ("torch", "torch-npu", "megatron-core", "transformers", "safetensors", "numpy")
+PACKAGES = ("torch", "torch-npu", "triton", "liger-kernel", "megatron-core", "transformers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)

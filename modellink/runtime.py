@@ -2,6 +2,7 @@
 
 from modellink.checkpoint.layout import stage_layers
 from modellink.checks.adapters import check_lora, find_lora, refuse_adapters_as_base
+from modellink.checks.compiling import check_compile, compile_notices
 from modellink.checks.inputs import check_data, check_tokenizer, data_notices, grown_rows_notice
 from modellink.checks.layout import (
     check_batches,
@@ -67,7 +68,9 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
             check_save_form(settings, problems)
             if weights is not None and plan is None:  # optimizer state of a base has no meaning for adapters
                 check_resume(settings, weights, model, dims, problems)
-    device = problems.catch(lambda: _device(settings, elsewhere))
+    device = problems.catch(lambda: _device(settings, program, elsewhere))
+    if isinstance(device, tuple):
+        check_compile(settings, device[0], not elsewhere, problems)
     problems.raise_if_any()
     assert dims is not None and isinstance(device, tuple)
     return Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
@@ -116,19 +119,22 @@ def _layout(settings: Settings, model: ModelConfig, world_size: int, program: Pr
     return dims
 
 
-def _device(settings: Settings, elsewhere: bool) -> tuple[str, str]:
+def _device(settings: Settings, program: Program, elsewhere: bool) -> tuple[str, str]:
     """(name, communication backend) of the device the run uses; empty where another machine will choose."""
+    asked = settings.device.device
     if elsewhere:
-        asked = settings.device.device
         return ("" if asked == "auto" else asked), ""
-    from modellink.device.select import select_device  # imports torch
+    from modellink.device.cuda import order_kernels  # imports torch
+    from modellink.device.select import select_device
 
-    device = select_device(settings.device.device)
+    if program == "train" and asked in ("auto", "cuda"):
+        order_kernels(settings.parallel.tensor_model_parallel_size)
+    device = select_device(asked)
     return device.name, device.backend
 
 
 def _notices(settings: Settings, dims: ParallelDims, program: Program, device: str, backend: str) -> list[str]:
-    notices = wish_notices(settings, dims, device, backend)
+    notices = wish_notices(settings, dims, device, backend) + compile_notices(settings, program)
     if "lora_register_forward_hook" in settings.given:
         notices.append("--lora-register-forward-hook has no effect: gradients reach the adapters without it.")
     if program == "train" and "tokenizer_not_use_fast" in settings.given:

@@ -1,16 +1,20 @@
 """The device seam: torch stays as it was, megatron.core is compiled for the device."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from modellink.config import ConfigError
+from modellink.config.settings import parse_settings
 from modellink.device.retarget import Rewrite
 from modellink.device.select import describe_devices, select_device
 from modellink.device.specs import find_spec
+from modellink.runtime import prepare_run
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -98,3 +102,31 @@ def test_unknown_hardware_has_no_peak_rate() -> None:
     assert find_spec("cpu") is None
     spec = find_spec("NVIDIA H200")
     assert spec is not None and spec.bf16_flops == 989e12
+
+
+@pytest.mark.parametrize(("words", "mine", "expected"), [
+    (["--device", "cuda", "--tensor-model-parallel-size", "2"], None, "1"),
+    (["--device", "auto", "--tensor-model-parallel-size", "2"], None, "1"),
+    (["--device", "cuda", "--tensor-model-parallel-size", "2"], "8", "8"),  # the user's wins
+    (["--device", "cuda"], None, None),
+    (["--device", "cpu", "--tensor-model-parallel-size", "2"], None, None),
+])
+def test_kernels_are_ordered_before_cuda_starts(monkeypatch: pytest.MonkeyPatch, words: list[str], mine: str | None,
+                                                expected: str | None) -> None:
+    """CUDA_DEVICE_MAX_CONNECTIONS, as it stands when the first question to the driver is asked."""
+    seen: list[str | None] = []
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", mine or "")  # so that it is as before after the test
+    if mine is None:
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available",
+                        lambda: seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")) or False)
+    settings = parse_settings("pretrain_gpt.py", "", ["--model", "qwen15-0.5b", "--mock-data", "--seq-length", "64",
+                                                      "--train-iters", "1", "--lr", "1e-3", *words])
+    if "cuda" in words:
+        with pytest.raises(ConfigError, match="sees no usable GPU"):
+            prepare_run(settings, 2, "train")
+    else:
+        prepare_run(settings, 2, "train")
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
+    assert all(value == expected for value in seen) and (seen or "cpu" in words)

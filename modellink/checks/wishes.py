@@ -1,5 +1,7 @@
 """Flags that are wishes: one line says which have no effect and what is used instead."""
 
+from collections.abc import Callable
+
 from modellink.config.settings import Settings
 from modellink.parallel.dims import ParallelDims
 
@@ -7,14 +9,16 @@ from modellink.parallel.dims import ParallelDims
 KERNELS: dict[str, tuple[frozenset[str], str]] = {
     "use_flash_attn": (frozenset({"cuda", "npu"}), "torch's scaled_dot_product_attention"),
     "use_fused_rmsnorm": (frozenset({"cuda", "npu"}), "torch's rms_norm"),
-    "use_fused_rotary_pos_emb": (frozenset({"npu"}), "rotary embedding of elementwise operations"),
-    "use_fused_swiglu": (frozenset({"npu"}), "SwiGLU of elementwise operations"),
+    "use_fused_rotary_pos_emb": (frozenset({"cuda", "npu"}), "rotary embedding of elementwise operations"),
+    "use_fused_swiglu": (frozenset({"cuda", "npu"}), "SwiGLU of elementwise operations"),
     "use_mc2": (frozenset({"npu"}), "matrix product, then its communication"),
     "use_mindspeed_ops": (frozenset({"npu"}), "the operators of modellink"),
     "jit_compile": (frozenset(), "operators as they are"),
     "masked_softmax_fusion": (frozenset(), "attention that never holds the scores"),
     "gradient_accumulation_fusion": (frozenset({"cpu", "cuda", "npu"}), "a separate addition to the fp32 gradient"),
 }
+# on cuda these come from liger-kernel; torch has a fused RMSNorm and flash attention of its own
+OF_LIGER = ("use_fused_rotary_pos_emb", "use_fused_swiglu")
 # booleans that this program always has on: section, field, what it always does
 ALWAYS: tuple[tuple[str, str, str], ...] = (
     ("model", "use_mcore_models", "the model is always megatron-core's"),
@@ -30,6 +34,22 @@ def kernel_wishes(settings: Settings) -> list[str]:
     return [field for field in KERNELS if getattr(settings.device, field)]
 
 
+def _instead(fields: list[str], device: str, reason: Callable[[], str | None] = lambda: "") -> list[str]:
+    """A line for wishes that are not met; none when there is no reason (an empty one is not told)."""
+    why = reason() if fields else None
+    if why is None:
+        return []
+    flags = ", ".join("--" + field.replace("_", "-") for field in fields)
+    return [f"{flags}: not available on {device}{f' ({why})' if why else ''}; used instead: "
+            f"{'; '.join(KERNELS[field][1] for field in fields)}."]
+
+
+def _liger_missing() -> str | None:
+    from modellink.ops.cuda.library import liger_missing  # imports torch
+
+    return liger_missing()
+
+
 def wish_notices(settings: Settings, dims: ParallelDims, device: str, backend: str) -> list[str]:
     """Lines for wishes that have no effect.
 
@@ -40,11 +60,12 @@ def wish_notices(settings: Settings, dims: ParallelDims, device: str, backend: s
         backend: the communication backend of that device, empty when unknown.
     """
     notices = []
-    unmet = [field for field in kernel_wishes(settings) if device not in KERNELS[field][0]]
-    if unmet and device:
-        flags = ", ".join("--" + field.replace("_", "-") for field in unmet)
-        notices.append(f"{flags}: not available on {device}; used instead: "
-                       f"{'; '.join(KERNELS[field][1] for field in unmet)}.")
+    wishes = kernel_wishes(settings)
+    unmet = [field for field in wishes if device not in KERNELS[field][0]]
+    if device:
+        notices += _instead(unmet, device)
+    if device == "cuda" and backend:  # without a backend the run is elsewhere, and its packages are not known
+        notices += _instead([field for field in wishes if field in OF_LIGER], device, _liger_missing)
     off = [(field, truth) for section, field, truth in ALWAYS if not getattr(getattr(settings, section), field)]
     notices += [f"--no-{field.replace('_', '-')} has no effect: {truth}." for field, truth in off]
     if settings.parallel.sequence_parallel and dims.tensor == 1:

@@ -89,6 +89,10 @@ class DeviceSettings:
         False, "wish: tensor parallel matrix products that overlap their communication, under --sequence-parallel")
     use_mindspeed_ops: bool = flag(
         False, "wish: operators of an installed mindspeed (npu_matmul_add for --gradient-accumulation-fusion)")
+    compile: str = flag(
+        "off", "torch.compile on cpu and cuda: pointwise compiles RMSNorm, rotary and SwiGLU, layer the whole forward "
+        "pass of each transformer layer in training (without tensor parallelism); the first steps take longer and "
+        "rounding differs", choices=["off", "pointwise", "layer"])
     jit_compile: bool = flag(False, "wish: operator compilation on the NPU")
     masked_softmax_fusion: bool = flag(False, "wish: fused masked softmax; attention here never holds the scores")
     gradient_accumulation_fusion: bool = flag(False, "wish: accumulate weight gradients inside the matrix product")

@@ -1,6 +1,19 @@
 """NVIDIA GPUs through torch.cuda and nccl."""
 
+import os
+
 import torch
+
+
+def order_kernels(tensor_ranks: int) -> None:
+    """Let GPUs start kernels in the order in which they were launched, unless the user has said otherwise.
+
+    Tensor parallel layers launch a collective just before the product that hides it; with several queues to the GPU the
+    product may take it all first. The driver reads the variable when it starts: call this before anything asks for a
+    device. (Megatron-LM asks for it up to Hopper, and no more from Blackwell on.)
+    """
+    if torch.version.cuda is not None and tensor_ranks > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 class CudaDevice:

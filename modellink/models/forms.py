@@ -11,16 +11,20 @@ WISHES = ("use_mc2", "use_mindspeed_ops", "gradient_accumulation_fusion")
 def situation_of(run: Run, device: Device) -> Situation:
     """What the choice of forms needs to know of a run."""
     settings, model, tensor = run.settings, run.model, run.dims.tensor
+    wishes = frozenset(name for name in WISHES if getattr(settings.device, name))
+    if settings.device.compile != "off":
+        wishes |= {"compile"} if settings.device.compile == "pointwise" else {"compile", "compile_layer"}
     return Situation(
         device.name, device.product_name(), DTYPES[settings.train.precision], model.head_dim,
         model.num_attention_heads // tensor, model.num_query_groups // tensor,
+        model.hidden_size, model.ffn_hidden_size // tensor,
         # what the products reduce over: column layers forward and backward, then row layers forward
         widths=(model.hidden_size, (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim // tensor,
                 2 * model.ffn_hidden_size // tensor, model.num_attention_heads * model.head_dim // tensor,
                 model.ffn_hidden_size // tensor),
         tensor=tensor, is_sequence_parallel=run.dims.sequence_parallel and tensor > 1,
         has_adapters=run.lora is not None,
-        wishes=frozenset(name for name in WISHES if getattr(settings.device, name)))
+        wishes=wishes)
 
 
 def choose_forms(run: Run, device: Device) -> None:

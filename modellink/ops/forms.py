@@ -25,6 +25,7 @@ class Situation:
         dtype: of weights and activations.
         head_dim: elements of an attention head.
         heads, groups: query heads and key/value groups of one tensor parallel rank.
+        hidden, ffn: features of a hidden state, and of the gated activation on one tensor parallel rank.
         widths: input features of the tensor parallel linear layers on one rank.
         tensor: tensor parallel ranks.
         is_sequence_parallel: the sequence is split between the layers of these ranks.
@@ -38,6 +39,8 @@ class Situation:
     head_dim: int = 128
     heads: int = 32
     groups: int = 32
+    hidden: int = 4096
+    ffn: int = 11008
     widths: tuple[int, ...] = (4096, 11008)
     tensor: int = 1
     is_sequence_parallel: bool = False

@@ -3,17 +3,31 @@
 import importlib
 import importlib.util
 
-from modellink.ops import adamw, attention, cross_entropy, linear, parallel_linear, reference, rms_norm, rotary, swiglu
+from modellink.ops import (
+    adamw,
+    attention,
+    compiled,
+    cross_entropy,
+    linear,
+    parallel_linear,
+    reference,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from modellink.ops.cpu import attention as cpu_attention
 from modellink.ops.cpu import linear as cpu_linear
+from modellink.ops.cuda import attention as cuda_attention
+from modellink.ops.cuda import limits as cuda_limits
+from modellink.ops.cuda import pointwise as cuda_pointwise
 from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
+from modellink.ops.limits import HALF, dtype_problem
 from modellink.ops.npu import attention as npu_attention
 from modellink.ops.npu import limits, pointwise
 from modellink.ops.npu import parallel_linear as npu_linear
 from modellink.ops.npu.library import has_operator
 
-NPU = ("npu",)
-CPU = ("cpu",)
+NPU, CUDA, CPU, COMPILING = ("npu",), ("cuda",), ("cpu",), ("cpu", "cuda")
 
 
 def _attention(situation: Situation) -> str | None:
@@ -22,6 +36,40 @@ def _attention(situation: Situation) -> str | None:
 
 def _cached_attention(situation: Situation) -> str | None:
     return limits.cached_attention_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
+
+
+def _compile(situation: Situation) -> str | None:
+    return None if "compile" in situation.wishes else "--compile is off"
+
+
+def _whole_layer(situation: Situation) -> str | None:
+    # Python loops over tiles and what a product adds elsewhere would cut a layer's graph
+    return "--compile layer makes one graph of the layer" if "compile_layer" in situation.wishes else None
+
+
+def _onednn(situation: Situation) -> str | None:
+    return _whole_layer(situation) or cpu_linear.problem(situation)
+
+
+def _liger_norm(situation: Situation) -> str | None:
+    return cuda_limits.liger_problem(cuda_limits.row_problem(situation.dtype, situation.hidden))
+
+
+def _liger_rotary(situation: Situation) -> str | None:
+    return cuda_limits.liger_problem(
+        cuda_limits.rotary_problem(situation.dtype, situation.head_dim, situation.heads))
+
+
+def _liger_swiglu(situation: Situation) -> str | None:
+    return cuda_limits.liger_problem(cuda_limits.row_problem(situation.dtype, situation.ffn))
+
+
+def _flash(situation: Situation) -> str | None:
+    return cuda_limits.flash_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
+
+
+def _grouped_queries(situation: Situation) -> str | None:
+    return "every head has its own key and value" if situation.heads == situation.groups else None
 
 
 def _mc2(situation: Situation) -> str | None:
@@ -49,7 +97,9 @@ def _mindspeed(situation: Situation) -> str | None:
 
 def _accumulates(situation: Situation) -> str | None:
     # on the CPU it saves memory and passes over it; elsewhere it is a wish
-    if situation.device != "cpu" and "gradient_accumulation_fusion" not in situation.wishes:
+    if situation.device == "cpu":
+        return _whole_layer(situation)
+    if "gradient_accumulation_fusion" not in situation.wishes:
         return "--gradient-accumulation-fusion is off"
     return None
 
@@ -59,41 +109,53 @@ def _grouped(situation: Situation) -> str | None:
         return f"documented for Ascend950 and not for {situation.product or 'this product'}"
     if not has_operator("npu_grouped_matmul_add_"):
         return "this torch_npu has no npu_grouped_matmul_add_"
-    return _accumulates(situation) or limits.dtype_problem(situation.dtype, limits.HALF)
+    return _accumulates(situation) or dtype_problem(situation.dtype, HALF)
 
 
 # operation -> its forms, fastest first; the last one is the reference, always usable
 TABLE: dict[str, tuple[Form, ...]] = {
     "rms_norm": (
-        Form("npu_rms_norm", pointwise.rms_norm, NPU, lambda s: limits.dtype_problem(s.dtype)),
+        Form("torch.compile of the formulas", compiled.rms_norm, COMPILING, _compile),
+        Form("npu_rms_norm", pointwise.rms_norm, NPU, lambda s: dtype_problem(s.dtype)),
+        Form("RMSNorm of liger-kernel", cuda_pointwise.rms_norm, CUDA, _liger_norm),
         Form("torch rms_norm", rms_norm.torch_rms_norm),
         Form("plain formulas", reference.rms_norm),
     ),
     "rotary": (
+        Form("torch.compile of the formulas", compiled.rotate, COMPILING, _compile),
         Form("npu_rotary_mul", pointwise.rotate, NPU, lambda s: limits.rotary_problem(s.dtype, s.head_dim)),
+        Form("rotary of liger-kernel", cuda_pointwise.rotate, CUDA, _liger_rotary),
         Form("elementwise torch operations", rotary.torch_rotate),
         Form("plain formulas", reference.rotate),
     ),
     "swiglu": (
-        Form("npu_swiglu", pointwise.swiglu, NPU, lambda s: limits.dtype_problem(s.dtype)),
+        Form("torch.compile of the formulas", compiled.swiglu, COMPILING, _compile),
+        Form("npu_swiglu", pointwise.swiglu, NPU, lambda s: dtype_problem(s.dtype)),
+        Form("SwiGLU of liger-kernel", cuda_pointwise.swiglu, CUDA, _liger_swiglu),
         Form("elementwise torch operations", swiglu.torch_swiglu),
         Form("plain formulas", reference.swiglu),
     ),
     "attention": (
         Form("npu_fusion_attention (SBH, packed TND, compressed causal mask)", npu_attention.attention, NPU,
              _attention),
+        Form("torch scaled_dot_product_attention, varlen_attn for packed samples", cuda_attention.attention, CUDA,
+             _flash),
+        Form("torch scaled_dot_product_attention, keys and values repeated for their heads",
+             cuda_attention.repeated_attention, CUDA, _grouped_queries),
         Form(f"tiles of queries up to {cpu_attention.LONGEST} tokens, torch scaled_dot_product_attention beyond",
-             cpu_attention.attention, CPU),
+             cpu_attention.attention, CPU, _whole_layer),
         Form("torch scaled_dot_product_attention", attention.torch_attention),
         Form("plain formulas", reference.attention),
     ),
     "cached_attention": (
         Form("npu_fused_infer_attention_score (BNSD)", npu_attention.attend_rows, NPU, _cached_attention),
+        Form("torch scaled_dot_product_attention, heads of a group as queries", cuda_attention.attend_rows, CUDA,
+             _grouped_queries),
         Form("torch scaled_dot_product_attention", attention.torch_attend_rows),
         Form("plain formulas", reference.attend_rows),
     ),
     "frozen_linear": (
-        Form("oneDNN, weight packed once", linear.packed_frozen_linear, ("cpu",),
+        Form("oneDNN, weight packed once", linear.packed_frozen_linear, CPU,
              lambda s: linear.packed_problem(s.dtype)),
         Form("torch linear", linear.torch_frozen_linear),
         Form("plain formulas", reference.frozen_linear),
@@ -116,7 +178,7 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("plain formulas", reference.accumulate_weight_gradient),
     ),
     "linear": (
-        Form("oneDNN's products", cpu_linear.linear, CPU, cpu_linear.problem),
+        Form("oneDNN's products", cpu_linear.linear, CPU, _onednn),
         Form("megatron-core, torch's products", None),
         Form("plain formulas", reference.linear),
     ),

@@ -13,6 +13,7 @@ from modellink.checkpoint.sources import holds_weights
 from modellink.device.base import Device
 from modellink.models import forms
 from modellink.models.build import build_chunks, transformer_config
+from modellink.models.compiled import compile_layers
 from modellink.models.run import Run
 from modellink.ops.table import describe
 from modellink.training.adapters import start_adapters
@@ -39,6 +40,8 @@ def build_state(run: Run, device: Device) -> TrainState:
     config = transformer_config(run, device.name)
     forms.choose_forms(run, device)
     chunks = build_chunks(run, config, device.name)
+    if run.settings.device.compile == "layer":
+        compile_layers(chunks, is_packed=run.settings.data.pack)
     wrapped = wrap_chunks(run, config, [chunk.to(device.current()) for chunk in chunks])
     for chunk in wrapped:
         chunk.train()

@@ -8,14 +8,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from modellink.ops.limits import packed_problem, same_dtype_problem
 from modellink.ops.npu.library import compressed_mask, torch_npu
-from modellink.ops.npu.limits import (
-    attention_problem,
-    cached_attention_problem,
-    packed_problem,
-    require,
-    same_dtype_problem,
-)
+from modellink.ops.npu.limits import attention_problem, cached_attention_problem, require
 
 WHOLE_MASK, UPPER_LEFT, LOWER_RIGHT = 0, 2, 3
 

@@ -6,13 +6,11 @@ what was asked about, ends in a `ConfigError` by `require`.
 """
 
 import torch
-from torch import Tensor
 
 from modellink.config import ConfigError
 from modellink.ops.forms import name_of_dtype
+from modellink.ops.limits import HALF, dtype_problem
 
-HALF = (torch.float16, torch.bfloat16)
-FLOATS = (*HALF, torch.float32)
 ATTENTION_HEAD_DIM = 768
 CACHED_HEAD_DIM = 512
 ATTENTION_HEADS = 256
@@ -28,12 +26,6 @@ def require(operator: str, problem: str | None) -> None:
     if problem is not None:
         raise ConfigError(f"torch_npu.{operator}: {problem}; change the flag behind it (--bf16, --fp16, --fp32, the "
                           "sizes of the model, --use-mc2), or run with --device cpu.")
-
-
-def dtype_problem(dtype: torch.dtype, allowed: tuple[torch.dtype, ...] = FLOATS) -> str | None:
-    if dtype not in allowed:
-        return f"it takes {', '.join(name_of_dtype(each) for each in allowed)} and not {name_of_dtype(dtype)}"
-    return None
 
 
 def rotary_problem(dtype: torch.dtype, head_dim: int, batch: int = 1, heads: int = 1) -> str | None:
@@ -62,22 +54,6 @@ def attention_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int
 def cached_attention_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) -> str | None:
     """npu_fused_infer_attention_score."""
     return _heads_problem(head_dim, heads, groups, CACHED_HEAD_DIM) or dtype_problem(dtype, HALF)
-
-
-def same_dtype_problem(*tensors: Tensor) -> str | None:
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1:
-        return f"query, key and value need one dtype and have {', '.join(sorted(map(name_of_dtype, dtypes)))}"
-    return None
-
-
-def packed_problem(cu_seqlens: list[int], batch: int, length: int) -> str | None:
-    """Layout TND: one row, and boundaries from 0 to its length in order."""
-    if batch != 1:
-        return f"packed samples need a batch of 1 and not {batch}"
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != length or sorted(cu_seqlens) != cu_seqlens:
-        return f"the boundaries of packed samples must rise from 0 to {length}, and are {cu_seqlens}"
-    return None
 
 
 def weight_gradient_problem(dtype: torch.dtype, total: torch.dtype) -> str | None:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from modellink.ops.limits import dtype_problem
 from modellink.ops.npu.library import torch_npu
-from modellink.ops.npu.limits import dtype_problem, require, rotary_problem
+from modellink.ops.npu.limits import require, rotary_problem
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,70 @@
+"""liger-kernel and torch's variable-length attention, looked at when a CUDA form is first considered."""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# operation -> (module, autograd function) of liger-kernel
+LIGER = {
+    "rms_norm": ("liger_kernel.ops.rms_norm", "LigerRMSNormFunction"),
+    "rotary": ("liger_kernel.ops.rope", "LigerRopeFunction"),
+    "swiglu": ("liger_kernel.ops.swiglu", "LigerFusedGateUpSiLUMulFunction"),
+}
+
+
+@functools.cache
+def liger(operation: str) -> Any:
+    """The autograd function of an operation.
+
+    Raises:
+        ImportError: liger-kernel or triton is missing or does not fit.
+    """
+    module, name = LIGER[operation]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError as error:
+        raise ImportError(f"no {name}") from error
+
+
+@functools.cache
+def liger_missing() -> str | None:
+    """None when liger-kernel's functions can be had, otherwise a few words why not."""
+    for package, name in (("triton", "triton"), ("liger_kernel", "liger-kernel")):
+        if importlib.util.find_spec(package) is None:
+            return f"{name} is not installed; pip install 'modellink[cuda]'"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton finds no C compiler to start its kernels with; install gcc or name one with CC"
+    try:
+        for operation in LIGER:
+            liger(operation)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"the installed liger-kernel cannot be used ({error}); pip install 'modellink[cuda]'"
+    return None
+
+
+def varlen_missing(is_grouped: bool) -> str | None:
+    """None when torch's varlen_attn takes what we give it, otherwise a few words why not.
+
+    The function is young: up to torch 2.10 it had another way to say causal, and grouped queries came later still.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    needed = ["scale", "window_size", *(["enable_gqa"] if is_grouped else [])]
+    missing = [name for name in needed if name not in inspect.signature(varlen_attn).parameters]
+    return f"varlen_attn of torch {torch.__version__} has no {', '.join(missing)}" if missing else None
+
+
+@functools.lru_cache(maxsize=8)
+def boundaries(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """Boundaries of packed samples on the device, [samples + 1] int32; copied once for all layers of a pass."""
+    with torch.inference_mode(False):  # a later backward may keep them
+        return torch.tensor(cu_seqlens, dtype=torch.int32).to(device, non_blocking=True)

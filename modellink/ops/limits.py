@@ -1,0 +1,31 @@
+"""Limits that fused forms of several devices have in common: a few words about a problem, or None."""
+
+import torch
+from torch import Tensor
+
+from modellink.ops.forms import name_of_dtype
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32)
+
+
+def dtype_problem(dtype: torch.dtype, allowed: tuple[torch.dtype, ...] = FLOATS) -> str | None:
+    if dtype not in allowed:
+        return f"it takes {', '.join(name_of_dtype(each) for each in allowed)} and not {name_of_dtype(dtype)}"
+    return None
+
+
+def same_dtype_problem(*tensors: Tensor) -> str | None:
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        return f"query, key and value need one dtype and have {', '.join(sorted(map(name_of_dtype, dtypes)))}"
+    return None
+
+
+def packed_problem(cu_seqlens: list[int], batch: int, length: int) -> str | None:
+    """Packed samples: one row, and boundaries from 0 to its length in order."""
+    if batch != 1:
+        return f"packed samples need a batch of 1 and not {batch}"
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != length or sorted(cu_seqlens) != cu_seqlens:
+        return f"the boundaries of packed samples must rise from 0 to {length}, and are {cu_seqlens}"
+    return None

@@ -1,0 +1,38 @@
+"""Answers of the engine on the device of the `cuda` tests: `python cuda_generation.py FOLDER MODEL`.
+
+Writes FOLDER/MODEL.json: greedy answers to PROMPTS, the same with prompts in chunks, and their log-probabilities.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from cuda_environment import DEVICE
+from inference_cases import NUM_NEW, PROMPTS
+
+from modellink.config.settings import parse_settings
+from modellink.inference.request import Request, SamplingSettings
+from modellink.parallel.groups import stop_groups
+from modellink.runtime import prepare_run
+from modellink.start import start
+
+
+def main(folder: Path, name: str) -> None:
+    line = f"--load {folder / name} --tokenizer-name-or-path {folder / 'tokenizer'} --device {DEVICE}"
+    run = prepare_run(parse_settings("worker", "test", line.split()), 1, "generate")
+    device = start(run)
+    from modellink.inference.load import load_engine
+
+    engine = load_engine(run, device)
+    requests = [Request(prompt, SamplingSettings(max_new_tokens=NUM_NEW, logprobs=True)) for prompt in PROMPTS]
+    answers = engine.generate(requests)
+    engine.prefill_chunk_size, engine.replica.cache = 3, None
+    chunked = engine.generate(requests)
+    (folder / f"{name}.json").write_text(json.dumps({
+        "tokens": [answer.tokens for answer in answers], "logprobs": [answer.logprobs for answer in answers],
+        "chunked": [answer.tokens for answer in chunked], "device": engine.device.type}))
+    stop_groups()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

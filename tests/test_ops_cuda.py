@@ -1,0 +1,256 @@
+"""The CUDA forms as far as a CPU can prove them: the choice, the limits, attention; `tests/liger` has the kernels.
+
+Flash attention has no CPU kernel. Its two aten operators get one here, made of the plain formulas for what their
+arguments say, so that torch's own varlen_attn runs with its autograd.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from test_ops_reference import assert_same, leaf
+from torch import Tensor
+
+from modellink.checks.wishes import wish_notices
+from modellink.config import ConfigError
+from modellink.config.settings import parse_settings
+from modellink.ops import reference
+from modellink.ops.attention import lower_right, torch_attend_rows, torch_attention
+from modellink.ops.cuda import attention as cuda_attention
+from modellink.ops.cuda import library, limits, pointwise
+from modellink.ops.forms import Choice, Situation
+from modellink.ops.table import choose, describe
+from modellink.parallel.dims import ParallelDims
+
+FP32, BF16 = torch.float32, torch.bfloat16
+CLOSE = {FP32: {"atol": 2e-6, "rtol": 2e-5}, BF16: {"atol": 4e-2, "rtol": 4e-2}}
+GROUPED = {"heads": 40, "groups": 8}
+
+
+def chosen(situation: Situation) -> dict[str, Choice]:
+    return {choice.operation: choice for choice in choose(situation)}
+
+
+@pytest.fixture
+def with_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """liger-kernel looks installed; nothing of it is called."""
+    for module in (library, limits):
+        monkeypatch.setattr(module, "liger_missing", lambda: None)
+
+
+@pytest.fixture
+def without_liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """liger-kernel looks absent, whatever is installed."""
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    library.liger_missing.cache_clear()
+    yield
+    library.liger_missing.cache_clear()
+
+
+class Kept:
+    """The context of an autograd function, by hand: below torch's dispatcher nothing is recorded."""
+
+    saved_tensors: tuple[Tensor, ...]
+    scale: float
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+def each_sample(ends: Tensor, scale: float | None, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None = None
+                ) -> list[Tensor]:
+    """Causal attention of every sample ([tokens, heads, head_dim]); with a gradient those of q, k and v."""
+    parts = []
+    for a, b in pairwise(ends.tolist()):
+        rows = [x[a:b].transpose(0, 1)[None] for x in ((q, k, v) if grad is None else (q, k, v, grad))]
+        context, seen = Kept(), torch.ones(b - a, b - a, dtype=torch.bool).tril()
+        out = [reference._Attention.forward(context, *rows[:3], seen, q.shape[-1] ** -0.5 if scale is None else scale)]
+        if grad is not None:
+            out = list(reference._Attention.backward(context, rows[3])[:3])
+        parts.append([x[0].transpose(0, 1) for x in out])
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def check_call(q: Tensor, ends: Tensor, longest: int, causal: bool, left: int | None, right: int | None) -> None:
+    """What flash attention demands of its arguments."""
+    assert q.dtype in (torch.float16, torch.bfloat16) and q.dim() == 3 and q.stride(-1) == 1
+    assert ends.dtype == torch.int32 and ends.is_contiguous() and ends[0] == 0 and ends[-1] == q.shape[0]
+    assert longest == int(ends.diff().max()) and int(ends.diff().min()) > 0
+    assert causal and (left, right) == (-1, 0)
+
+
+@pytest.fixture
+def flash_on_cpu() -> Iterator[list[str]]:
+    """Kernels of the flash operators for CPU tensors; gives the names of those that ran."""
+    called: list[str] = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, max_q: int, max_k: int,
+                dropout: float, causal: bool, return_debug_mask: bool, *, scale: float | None = None,
+                window_size_left: int | None = None, window_size_right: int | None = None, **unused: Any) -> Any:
+        called.append("forward")
+        check_call(q, q_ends, max_q, causal, window_size_left, window_size_right)
+        assert dropout == 0.0 and max_k == max_q and all(value is None for value in unused.values())
+        assert torch.equal(q_ends, k_ends)
+        (out,) = each_sample(q_ends, scale, q, k, v)
+        return out, torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2, dtype=torch.uint64), torch.zeros(0), q[:0]
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_ends: Tensor,
+                 k_ends: Tensor, max_q: int, max_k: int, dropout: float, causal: bool, seed: Tensor, offset: Tensor, *,
+                 scale: float | None = None, window_size_left: int | None = None,
+                 window_size_right: int | None = None) -> Any:
+        called.append("backward")
+        check_call(q, q_ends, max_q, causal, window_size_left, window_size_right)
+        return tuple(each_sample(q_ends, scale, q, k, v, grad))
+
+    kernels = torch.library.Library("aten", "IMPL")
+    kernels.impl("_flash_attention_forward", forward, "CPU")
+    kernels.impl("_flash_attention_backward", backward, "CPU")
+    yield called
+    kernels._destroy()
+
+
+def heads(queries: int, keys: int, count: int, groups: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (leaf(queries, batch, count, 8, dtype=dtype), leaf(keys, batch, groups, 8, seed=1, dtype=dtype),
+            leaf(keys, batch, groups, 8, seed=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize("ends", [[0, 10], [0, 4, 5, 10], [0, 0, 4, 4, 10, 10]])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_packed_attention(flash_on_cpu: list[str], groups: int, ends: list[int], scale: float | None) -> None:
+    """Forward and backward through torch's own varlen_attn; also with samples of no token."""
+    assert_same(lambda *x: cuda_attention.attention(*x, cu_seqlens=ends, scale=scale),
+                lambda *x: reference.attention(*x, cu_seqlens=ends, scale=scale),
+                *heads(10, 10, 6, groups, 1, BF16), **CLOSE[BF16])
+    assert flash_on_cpu == ["forward", "backward"]
+
+
+def test_boundaries_are_copied_once_a_pass() -> None:
+    library.boundaries.cache_clear()
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        first = library.boundaries((0, 3, 7), device)
+    assert library.boundaries((0, 3, 7), device) is first and not first.is_inference()
+    assert library.boundaries((0, 4, 7), device).tolist() == [0, 4, 7]
+
+
+@pytest.mark.parametrize("form", [cuda_attention.attention, cuda_attention.repeated_attention])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 6), (3, 8)])
+def test_attention_without_packing(form: Any, queries: int, keys: int) -> None:
+    assert_same(form, reference.attention, *heads(queries, keys, 6, 2, 2, FP32), **CLOSE[FP32])
+
+
+def test_repeated_heads_over_packed_samples() -> None:
+    ends = [0, 4, 5, 10]
+    assert_same(lambda *x: cuda_attention.repeated_attention(*x, cu_seqlens=ends),
+                lambda *x: reference.attention(*x, cu_seqlens=ends), *heads(10, 10, 6, 2, 1, FP32), **CLOSE[FP32])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 6), (3, 8), (3, 3), (1, 3), (1, 1)])
+def test_attention_over_a_cache(dtype: torch.dtype, groups: int, queries: int, keys: int) -> None:
+    """Prefill, a step, several tokens at an offset; masks of one row, of each row and of each head.
+
+    Three keys and three heads a group: the queries of a group must not be taken for a causal square.
+    """
+    query, key, value = (x.permute(1, 2, 0, 3).detach() for x in heads(queries, keys, 6, groups, 2, dtype))
+    generator = torch.Generator().manual_seed(5)
+    tree = torch.rand(queries, keys, generator=generator) < 0.5
+    rows = (torch.arange(keys) < torch.tensor([max(keys - 2, 1), keys])[:, None])[:, None, None]
+    each = torch.rand(2, 6, queries, keys, generator=generator) < 0.5
+    for some in (tree, each):
+        some[..., 0] = True
+    for mask in (lower_right(queries, keys, query.device), tree, rows, rows.expand(2, 1, queries, keys), each):
+        torch.testing.assert_close(cuda_attention.attend_rows(query, key, value, mask),
+                                   reference.attend_rows(query, key, value, mask), **CLOSE[dtype])
+
+
+def test_a_gpu_with_everything(with_liger: None) -> None:
+    got = chosen(Situation("cuda"))
+    assert got["rms_norm"].form.run is pointwise.rms_norm and got["rotary"].form.run is pointwise.rotate
+    assert got["swiglu"].form.run is pointwise.swiglu and got["attention"].form.run is cuda_attention.attention
+    assert got["cached_attention"].form.run is torch_attend_rows  # as many groups as heads: nothing to fold
+    assert chosen(Situation("cuda", **GROUPED))["cached_attention"].form.run is cuda_attention.attend_rows
+
+
+def test_what_is_used_without_liger(without_liger: None) -> None:
+    lines = "\n".join(describe(Situation("cuda")))
+    for operation in ("RMSNorm", "rotary", "SwiGLU"):
+        assert f"not {operation} of liger-kernel: triton is not installed; pip install 'modellink[cuda]'" in lines
+    assert "swiglu: elementwise torch operations" in lines
+
+
+def test_fp32_keeps_its_heads_apart(with_liger: None) -> None:
+    """Flash attention has no fp32; with grouped queries only repeated heads keep the scores out of memory."""
+    got = chosen(Situation("cuda", dtype=FP32, **GROUPED))
+    assert got["attention"].form.run is cuda_attention.repeated_attention
+    assert "flash attention takes float16, bfloat16 and not float32" in str(got["attention"])
+    assert chosen(Situation("cuda", dtype=FP32))["attention"].form.run is torch_attention
+    assert got["rms_norm"].form.run is pointwise.rms_norm
+
+
+@pytest.mark.parametrize(("changes", "operation", "reason"), [
+    ({"head_dim": 200}, "attention", "head sizes up to 192 that 8 divides, and not 200"),
+    ({"head_dim": 20}, "attention", "head sizes up to 192 that 8 divides, and not 20"),
+    ({"dtype": torch.float64}, "rms_norm", "it takes float16, bfloat16, float32 and not float64"),
+    ({"hidden": 70000}, "rms_norm", "it takes rows of up to 65536 features and not 70000"),
+    ({"ffn": 70000}, "swiglu", "it takes rows of up to 65536 features and not 70000"),
+    ({"heads": 20000, "groups": 20000}, "rotary", "20000 heads of 128 are more than a block of Triton holds"),
+])
+def test_why_a_fused_form_does_not_run(with_liger: None, changes: dict[str, Any], operation: str, reason: str) -> None:
+    choice = chosen(Situation("cuda", **changes))[operation]
+    assert choice.form.devices == () and reason in str(choice)
+
+
+def test_an_older_varlen_attn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signature of torch 2.10, and one that has windows but no groups yet."""
+    import torch.nn.attention.varlen as module
+
+    monkeypatch.setattr(module, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+                        is_causal=False, return_aux=None: None)
+    assert "has no scale, window_size" in str(chosen(Situation("cuda"))["attention"])
+    monkeypatch.setattr(module, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
+                        return_aux=None, scale=None, window_size=(-1, -1): None)
+    assert chosen(Situation("cuda"))["attention"].form.run is cuda_attention.attention
+    assert "has no enable_gqa" in str(chosen(Situation("cuda", **GROUPED))["attention"])
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda: pointwise.rms_norm(leaf(2, 8), leaf(8), 1e-6), "RMSNorm of liger-kernel: it takes float16, bfloat16"),
+    (lambda: pointwise.rotate(leaf(4, 8, dtype=FP32), leaf(4, 4), leaf(4, 4)), "rotary of liger-kernel: it takes .s"),
+    (lambda: pointwise.rotate(leaf(4, 1, 1, 7, dtype=FP32), leaf(4, 1, 1, 3), leaf(4, 1, 1, 3)), "even head sizes"),
+    (lambda: pointwise.swiglu(leaf(4, 7, dtype=FP32)), "SwiGLU of liger-kernel: it takes an even number of features"),
+    (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 1, FP32), cu_seqlens=[0, 4]), "flash attention takes float16"),
+    (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 2, BF16), cu_seqlens=[0, 4]), "a batch of 1 and not 2"),
+    (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 1, BF16), cu_seqlens=[0, 3]), "must rise from 0 to 4"),
+    (lambda: cuda_attention.attention(leaf(4, 1, 6, 8, dtype=BF16), *heads(4, 4, 6, 2, 1, FP32)[1:], cu_seqlens=[0, 4]),
+     "query, key and value need one dtype"),
+])
+def test_limits_are_checked_before_the_call(with_liger: None, call: Any, words: str) -> None:
+    """One sentence with a way out, whether the kernels are there or not."""
+    with pytest.raises(ConfigError, match=words) as caught:
+        call()
+    assert str(caught.value).endswith("or run with --device cpu.") and "\n" not in str(caught.value)
+
+
+FUSED = ["--use-fused-rmsnorm", "--use-fused-swiglu", "--use-fused-rotary-pos-emb", "--use-flash-attn"]
+
+
+def notices(device: str, backend: str) -> list[str]:
+    settings = parse_settings("wishes", "", [*FUSED, "--model", "qwen15-0.5b"])
+    return wish_notices(settings, ParallelDims(), device, backend)
+
+
+def test_wishes_on_a_gpu(with_liger: None) -> None:
+    assert notices("cuda", "nccl") == []
+
+
+def test_wishes_on_a_gpu_without_liger(without_liger: None) -> None:
+    """RMSNorm and attention have fused kernels in torch itself; the other wishes are not met, and it is said why."""
+    (line,) = notices("cuda", "nccl")
+    assert line.startswith("--use-fused-rotary-pos-emb, --use-fused-swiglu: not available on cuda")
+    assert "triton is not installed; pip install 'modellink[cuda]'" in line
+    assert notices("cuda", "") == []  # the job runs on another machine, and nothing is known of it
