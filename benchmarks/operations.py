@@ -12,7 +12,6 @@ FLOPs.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -73,8 +72,8 @@ def ceilings(options: argparse.Namespace, device: Any, dtype: Any) -> tuple[floa
     return flops, 2 * count / timed(lambda: target.copy_(source), options, device)
 
 
-def differentiable(name: str, forward: Callable[[], Any], inputs: Tensors, flops: float, *, saved: Tensors | None = None,
-                   weights: Tensors = ()) -> Iterator[Case]:
+def differentiable(name: str, forward: Callable[[], Any], inputs: Tensors, flops: float, *,
+                   saved: Tensors | None = None, weights: Tensors = ()) -> Iterator[Case]:
     """Forward and backward of a differentiable operation.
 
     Args:
@@ -123,7 +122,8 @@ def cases(run: Any, device: Any, options: argparse.Namespace) -> Iterator[Case]:
     context = make(length, batch, heads * size)
     yield from differentiable("attention", lambda: attention.attention(query, key, value), (query, key, value),
                               2.0 * tokens * length * heads * size, saved=(query, key, value, context))
-    one, keys, values = make(batch, heads, 1, size), make(batch, groups, length, size), make(batch, groups, length, size)
+    one = make(batch, heads, 1, size)
+    keys, values = make(batch, groups, length, size), make(batch, groups, length, size)
     with torch.no_grad():
         yield Case("cached_attention (one token)", lambda: attention.attend_rows(one, keys, values, None),
                    4.0 * tokens * heads * size, (one, keys, values), (one,))
@@ -134,7 +134,7 @@ def cases(run: Any, device: Any, options: argparse.Namespace) -> Iterator[Case]:
         torch.autograd.grad(cross_entropy.vocab_parallel_cross_entropy(logits, target, None, vocab).sum(), logits)
 
     yield Case("cross_entropy, both ways", loss_and_gradient, 0, (logits,), (logits,))
-    weight, total = make(2 * ffn, hidden), make(2 * ffn, hidden, kind=torch.float32)
+    total = make(2 * ffn, hidden, kind=torch.float32)
     main, mean, square = (torch.rand_like(total) for _ in range(3))
     yield Case("adamw", lambda: adamw.adamw([main], [total], [mean], [square], step=9, lr=1e-4, betas=(0.9, 0.95),
                                             eps=1e-8, weight_decay=0.1),
@@ -167,7 +167,8 @@ def start_run(options: argparse.Namespace) -> tuple[Any, Any]:
 
     run = prepare_run(parse_settings("operations", "", [
         "--model", str(folder), "--mock-data", "--seq-length", str(options.seq_length), "--train-iters", "1",
-        "--lr", "1e-4", "--micro-batch-size", str(options.micro_batch), f"--{options.precision}", "--device", options.device]), 1, "train")
+        "--lr", "1e-4", "--micro-batch-size", str(options.micro_batch), f"--{options.precision}",
+        "--device", options.device]), 1, "train")
     device = start(run)
     from modellink.models.forms import choose_forms
 
@@ -196,7 +197,8 @@ def main() -> None:
 
         flops, rate = ceilings(options, device, DTYPES[options.precision])
         print("\n".join(describe(situation_of(run, device))))
-        print(f"{options.precision} on {device.product_name()}: ceilings {flops / 1e12:.3f} TFLOP/s, {rate / 1e9:.1f} GB/s\n"
+        print(f"{options.precision} on {device.product_name()}: ceilings {flops / 1e12:.3f} TFLOP/s, "
+              f"{rate / 1e9:.1f} GB/s\n"
               f"{'operation':32} {'ms':>9} {'GFLOP':>9} {'MB':>9} {'TFLOP/s':>9} {'GB/s':>8} {'share':>7}")
         records = []
         for case in cases(run, device, options):

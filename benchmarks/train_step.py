@@ -29,9 +29,9 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-SMALL: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+SHAPE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
                          "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 2048,
-                         "tie_word_embeddings": False, "rope_theta": 10000.0, "model_type": "qwen2"}
+                         "tie_word_embeddings": False}
 SHAPES = ("small", "0.5b", "1.8b", "4b", "7b")
 PRECISIONS = ("fp32", "bf16")
 LAYOUTS = {"one": [], "tp2": ["--tensor-model-parallel-size", "2"],
@@ -43,15 +43,14 @@ def shape_of(options: argparse.Namespace) -> dict[str, Any]:
     """The config.json of the shape, with as many layers as asked."""
     from modellink.models.presets.qwen15 import PRESETS
 
-    shape = dict(SMALL) if options.shape == "small" else PRESETS[f"qwen15-{options.shape}"].to_hf()
+    small = SHAPE | {"rope_theta": 10000.0, "model_type": "qwen2"}
+    shape = small if options.shape == "small" else PRESETS[f"qwen15-{options.shape}"].to_hf()
     return shape | {"num_hidden_layers": options.layers or shape["num_hidden_layers"],
                     "max_position_embeddings": max(options.seq_length, shape["max_position_embeddings"])}
 
 
-def peak_memory(device: Any) -> int:
-    """Peak bytes of this process: resident ones, libraries included, on the CPU; the allocator's elsewhere."""
-    if device.name != "cpu":
-        return device.peak_memory()
+def peak_memory() -> int:
+    """Peak resident bytes of this whole process, libraries included."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
@@ -163,7 +162,7 @@ def summary(options: argparse.Namespace, device: Any, times: list[float], count:
     spec = find_spec(device.product_name())
     return {"tokens_per_second": rate, "seconds": median, "tflops": flops / 1e12,
             "mfu": flops / spec.bf16_flops if spec and options.precision == "bf16" else None,
-            "peak_bytes": peak_memory(device), "parameters_on_rank": count, "state_bytes_per_parameter": state / count,
+            "peak_bytes": peak_memory() if device.name == "cpu" else device.peak_memory(), "parameters_on_rank": count, "state_bytes_per_parameter": state / count,
             "device": device.product_name()}
 
 

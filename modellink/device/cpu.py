@@ -9,7 +9,6 @@ from typing import Any
 import psutil
 import torch
 
-
 # of malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 1 << 30  # bytes

@@ -106,8 +106,8 @@ LEDGER: tuple[Patch, ...] = (
           "--gradient-accumulation-fusion asks for an Apex extension; our operation adds to the main gradient instead",
           "the core takes the function from its configuration", _weight_gradient),
     Patch("linear", "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce", ("cpu",),
-          "0.16.1", "it names torch's product, which on many CPUs is not the fastest; the head is built by the core and "
-          "takes no class of ours", "the core takes the function from its configuration", _linear),
+          "0.16.1", "it names torch's product, which is not the fastest on every CPU; the core builds the head and "
+          "takes no class of ours for it", "the core takes the function from its configuration", _linear),
     Patch("embedding", "megatron.core.tensor_parallel.layers.F", ("cpu",), "0.16.1",
           "the gradient of the embedding is a whole table of zeros for a few rows, made and added every microbatch",
           "the core adds rows to the main gradient", _embedding),
