@@ -162,8 +162,8 @@ def summary(options: argparse.Namespace, device: Any, times: list[float], count:
     spec = find_spec(device.product_name())
     return {"tokens_per_second": rate, "seconds": median, "tflops": flops / 1e12,
             "mfu": flops / spec.bf16_flops if spec and options.precision == "bf16" else None,
-            "peak_bytes": peak_memory() if device.name == "cpu" else device.peak_memory(), "parameters_on_rank": count, "state_bytes_per_parameter": state / count,
-            "device": device.product_name()}
+            "peak_bytes": peak_memory() if device.name == "cpu" else device.peak_memory(), "parameters_on_rank": count,
+            "state_bytes_per_parameter": state / count, "device": device.product_name()}
 
 
 def measure(side: str, precision: str, options: argparse.Namespace, layout: str = "one", ranks: int = 1) -> dict:
