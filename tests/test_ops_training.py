@@ -58,8 +58,8 @@ def results(folder: Path) -> dict[str, list[dict]]:
         for on_npu in (False, True):
             cases = [["--load", str(folder / weights), "--finetune", "--data-path", str(folder / "data"), "--split",
                       "100,0,0", "--seq-length", "32", "--train-iters", str(STEPS), "--micro-batch-size", "2",
-                      "--global-batch-size", "4", "--lr", RATES[weights], "--lr-decay-style", "constant", "--eval-iters", "0",
-                      "--device", "cpu", "--metrics-file", str(folder / f"{name}.jsonl"), *flags]
+                      "--global-batch-size", "4", "--lr", RATES[weights], "--lr-decay-style", "constant",
+                      "--eval-iters", "0", "--device", "cpu", "--metrics-file", str(folder / f"{name}.jsonl"), *flags]
                      for name, (weights, size, npu, flags) in CASES.items() if (size, npu) == (world, on_npu)]
             options = {"worker": NPU_WORKER} if on_npu else {}
             run_cases(cases, world, folder, **options)

@@ -51,7 +51,7 @@ def wrap_chunks(run: Run, config: Any, chunks: list[Any]) -> list[DistributedDat
 
 def _accumulate_weight_gradients(chunk: DistributedDataParallel) -> None:
     """Let linear layers add to the main gradients that they have from now on, where an operation of ours does it."""
-    if accumulates_weight_gradients(chunk.buffers[0].grad_data.device.type if chunk.buffers else "cpu"):
+    if accumulates_weight_gradients(next(chunk.parameters()).device.type):
         for module in chunk.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 module.gradient_accumulation_fusion = True

@@ -21,10 +21,13 @@ _CACHED_SCORES = 1 << 18  # of one core: 1 MiB
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None,
               cu_seqlens: list[int] | None = None) -> Tensor:
-    """As `modellink.ops.attention.attention`; what is no training pass over short samples goes to torch's kernel."""
+    """As `modellink.ops.attention.attention`; long samples, and more keys than queries, go to torch's kernel.
+
+    Without a gradient too: recomputed activations are those of the first pass.
+    """
     bounds = cu_seqlens or [0, query.shape[0]]
     longest = max(b - a for a, b in zip(bounds, bounds[1:]))
-    if longest > LONGEST or query.shape[0] != key.shape[0] or query.dtype == torch.float64 or not query.requires_grad:
+    if longest > LONGEST or query.shape[0] != key.shape[0] or query.dtype == torch.float64:
         return torch_attention(query, key, value, scale=scale, cu_seqlens=cu_seqlens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     parts = [_TiledAttention.apply(query[a:b], key[a:b], value[a:b], scale) for a, b in zip(bounds, bounds[1:])]
