@@ -94,9 +94,9 @@ class _OneRankCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (logits,) = ctx.saved_tensors
         x, grad = logits.view(-1, logits.shape[-1]), grads[0].reshape(-1)
-        others = (grad != 1).nonzero()[:, 0].tolist()
-        for row in others:
-            x[row].mul_(grad[row])
+        for part, factors in zip(x.split(_CHUNK["cpu"]), grad.split(_CHUNK["cpu"])):
+            if (factors != 1).any():
+                part.mul_(factors[:, None])
         return logits, None, None
 
 
