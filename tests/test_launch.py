@@ -262,8 +262,8 @@ def test_doctor_names_device_and_versions() -> None:
     result = subprocess.run([sys.executable, "-m", "modellink.cli", "doctor", "--device", "cpu"], env=environment(),
                             capture_output=True, text=True)
     assert result.returncode == 0 and "megatron-core" in result.stdout and "chosen: cpu" in result.stdout
-    assert ("  attention: torch scaled_dot_product_attention (not npu_fusion_attention (SBH, packed TND, compressed "
-            "causal mask): the device is cpu;") in result.stdout
+    assert ("  attention: tiles of queries up to 512 tokens, torch scaled_dot_product_attention beyond (not "
+            "npu_fusion_attention (SBH, packed TND, compressed causal mask): the device is cpu;") in result.stdout
 
 
 def test_unknown_verbs_are_one_sentence() -> None:

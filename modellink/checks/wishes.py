@@ -7,7 +7,7 @@ from modellink.parallel.dims import ParallelDims
 
 # wish -> (devices where modellink.ops has a form for it, the form used elsewhere)
 KERNELS: dict[str, tuple[frozenset[str], str]] = {
-    "use_flash_attn": (frozenset({"cuda", "npu"}), "torch's scaled_dot_product_attention"),
+    "use_flash_attn": (frozenset({"cuda", "npu"}), "tiles of queries or torch's scaled_dot_product_attention"),
     "use_fused_rmsnorm": (frozenset({"cuda", "npu"}), "torch's rms_norm"),
     "use_fused_rotary_pos_emb": (frozenset({"cuda", "npu"}), "rotary embedding of elementwise operations"),
     "use_fused_swiglu": (frozenset({"cuda", "npu"}), "SwiGLU of elementwise operations"),

@@ -52,7 +52,6 @@ def transformer_config(run: Run, device_name: str, **changes: Any) -> Transforme
         # messages of an interleaved schedule cross silently. No flag selects another pair.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
-        "gradient_accumulation_fusion": settings.device.gradient_accumulation_fusion,
         "pipeline_dtype": dtype,
         "params_dtype": dtype,
         "bf16": train.precision == "bf16",

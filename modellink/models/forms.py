@@ -24,7 +24,7 @@ def make_situation(run: Run, device: str, product: str) -> Situation:
     settings, model, tensor = run.settings, run.model, run.dims.tensor
     wishes = frozenset(name for name in WISHES if getattr(settings.device, name))
     if settings.device.compile != "off":
-        wishes |= {"compile"}
+        wishes |= {"compile"} if settings.device.compile == "pointwise" else {"compile", "compile_layer"}
     return Situation(
         device, product, DTYPES[settings.train.precision], model.head_dim,
         model.num_attention_heads // tensor, model.num_query_groups // tensor,

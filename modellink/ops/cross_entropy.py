@@ -66,6 +66,40 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return logits, None, None, None
 
 
+class _OneRankCrossEntropy(torch.autograd.Function):
+    """Where one rank holds the whole vocabulary, the forward already leaves the derivative in the logits' storage.
+
+    d loss / dx = softmax(x) - [target] is computed beside the loss, while the chunk is in the cache; the backward has
+    only to multiply rows by the gradient of their loss, which is 1 in training unless they are masked or weighted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, real: int) -> Tensor:
+        x, ids = logits.view(-1, logits.shape[-1]), target.reshape(-1, 1)
+        losses = torch.empty(x.shape[0])
+        buffer = torch.empty(_CHUNK["cpu"], real)
+        for start in range(0, x.shape[0], len(buffer)):
+            rows = slice(start, start + len(buffer))
+            part = buffer[:len(x[rows])].copy_(x[rows, :real])
+            top, at = part.amax(-1), part.gather(1, ids[rows])[:, 0]
+            torch.softmax(part, -1, out=part)
+            # the probability of the largest is one over the sum of exponentials
+            losses[rows] = top - at - part.amax(-1).log_()
+            x[rows, :real] = part.scatter_add_(1, ids[rows], torch.full_like(part[:, :1], -1.0))
+        x[:, real:] = 0
+        ctx.save_for_backward(logits)
+        return losses.view(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (logits,) = ctx.saved_tensors
+        x, grad = logits.view(-1, logits.shape[-1]), grads[0].reshape(-1)
+        for part, factors in zip(x.split(_CHUNK["cpu"]), grad.split(_CHUNK["cpu"])):
+            if (factors != 1).any():
+                part.mul_(factors[:, None])
+        return logits, None, None
+
+
 def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup | None,
                                  real_rows: int) -> Tensor:
     """Loss of every token. The backward overwrites `logits`, so nothing else may need them afterwards.
@@ -85,3 +119,13 @@ def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor, group: dist.Pro
 def torch_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, real_rows: int) -> Tensor:
     """The portable form."""
     return _VocabParallelCrossEntropy.apply(logits, target, group, real_rows)
+
+
+def cpu_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, real_rows: int) -> Tensor:
+    """The form for the CPU, where passes over memory are what it costs.
+
+    fp16 keeps the portable form: small probabilities live only after the loss scale, which the backward brings.
+    """
+    if group is not None or logits.dtype == torch.float16 or not logits.requires_grad:
+        return torch_cross_entropy(logits, target, group, real_rows)
+    return _OneRankCrossEntropy.apply(logits, target, min(real_rows, logits.shape[-1]))

@@ -183,6 +183,35 @@ def accumulate_weight_gradient(x: Tensor, grad: Tensor, total: Tensor) -> None:
     total += torch.einsum("to,ti->oi", _wide(grad), _wide(x))
 
 
+class _Linear(torch.autograd.Function):
+    """y = x w' + b; dx = dy w, dw = dy' x, db = sum(dy)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.accumulate, ctx.has_bias = accumulate, bias is not None
+        product = _wide(x) @ _wide(weight).t()
+        return (product if bias is None else product + _wide(bias)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        rows, grad = x.flatten(0, -2), grads[0].flatten(0, -2)
+        if ctx.accumulate:
+            accumulate_weight_gradient(rows, grad, weight.main_grad)
+            weight.grad_added_to_main_grad = True
+            grad_weight = torch.zeros_like(weight)
+        else:
+            grad_weight = (_wide(grad).t() @ _wide(rows)).to(weight.dtype)
+        grad_x = (_wide(grads[0]) @ _wide(weight)).to(x.dtype)
+        return grad_x, grad_weight, _wide(grad).sum(0).to(weight.dtype) if ctx.has_bias else None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> Tensor:
+    """As what `modellink.ops.parallel_linear.own_linear` gives."""
+    return _Linear.apply(x, weight, bias, accumulate)
+
+
 class _ColumnLinear(torch.autograd.Function):
     """y = X w' with X = all x of the group; dx = the own rows of the sum of dy w, dw = dy' X."""
 

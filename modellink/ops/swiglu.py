@@ -7,6 +7,8 @@ from torch import Tensor
 
 from modellink.ops.forms import form_of
 
+_CACHED_ELEMENTS = 1 << 17  # of the input, in the cache of one core
+
 
 class _SwiGLU(torch.autograd.Function):
     """Keeps only its input; the backward computes silu(gate) again instead of storing it."""
@@ -20,12 +22,24 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
-        out_gate, out_up = out.chunk(2, dim=-1)
-        torch.mul(torch.nn.functional.silu(gate), grads[0], out=out_up)
-        out_gate.copy_(torch.ops.aten.silu_backward(grads[0] * up, gate))
+        for part, grad, target in zip(_parts(x), grads[0].reshape(-1, grads[0].shape[-1]).split(_rows(x)), _parts(out)):
+            gate, up = part.chunk(2, dim=-1)
+            target_gate, target_up = target.chunk(2, dim=-1)
+            torch.mul(torch.nn.functional.silu(gate), grad, out=target_up)
+            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=target_gate)
         return out
+
+
+def _rows(x: Tensor) -> int:
+    """Rows that are computed at a time: what a cache holds on the CPU, all elsewhere."""
+    if x.device.type != "cpu":
+        return x.numel() // x.shape[-1]
+    return max(1, torch.get_num_threads() * _CACHED_ELEMENTS // x.shape[-1])
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    return x.flatten(0, -2).split(_rows(x))
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from modellink.ops import (
     rotary,
     swiglu,
 )
+from modellink.ops.cpu import attention as cpu_attention
 from modellink.ops.cpu import frozen_linear as cpu_frozen_linear
+from modellink.ops.cpu import linear as cpu_linear
 from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.cuda import limits as cuda_limits
 from modellink.ops.cuda import pointwise as cuda_pointwise
@@ -40,6 +42,15 @@ def _cached_attention(situation: Situation) -> str | None:
 
 def _compile(situation: Situation) -> str | None:
     return None if "compile" in situation.wishes else "--compile is off"
+
+
+def _whole_layer(situation: Situation) -> str | None:
+    # Python loops over tiles and what a product adds elsewhere would cut a layer's graph
+    return "--compile layer makes one graph of the layer" if "compile_layer" in situation.wishes else None
+
+
+def _onednn(situation: Situation) -> str | None:
+    return _whole_layer(situation) or cpu_linear.problem(situation)
 
 
 def _liger_norm(situation: Situation) -> str | None:
@@ -87,6 +98,9 @@ def _mindspeed(situation: Situation) -> str | None:
 
 
 def _accumulates(situation: Situation) -> str | None:
+    # on the CPU it saves memory and passes over it; elsewhere it is a wish
+    if situation.device == "cpu":
+        return _whole_layer(situation)
     if "gradient_accumulation_fusion" not in situation.wishes:
         return "--gradient-accumulation-fusion is off"
     return None
@@ -130,6 +144,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
              _flash),
         Form("torch scaled_dot_product_attention, keys and values repeated for their heads",
              cuda_attention.repeated_attention, CUDA, _grouped_queries),
+        Form(f"tiles of queries up to {cpu_attention.LONGEST} tokens, torch scaled_dot_product_attention beyond",
+             cpu_attention.attention, CPU, _whole_layer),
         Form("torch scaled_dot_product_attention", attention.torch_attention),
         Form("plain formulas", reference.attention),
     ),
@@ -147,6 +163,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("plain formulas", reference.frozen_linear),
     ),
     "cross_entropy": (
+        Form("chunks of tokens, derivative beside the loss (vocabulary parallel: gradient in place)",
+             cross_entropy.cpu_cross_entropy, CPU),
         Form("chunks of tokens, vocabulary parallel, gradient in place", cross_entropy.torch_cross_entropy),
         Form("plain formulas", reference.vocab_parallel_cross_entropy),
     ),
@@ -160,6 +178,11 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("added to the main gradient behind the product", parallel_linear.torch_accumulate, (), _accumulates),
         Form("a gradient of its own, added by megatron-core", None),
         Form("plain formulas", reference.accumulate_weight_gradient),
+    ),
+    "linear": (
+        Form("oneDNN's products", cpu_linear.linear, CPU, _onednn),
+        Form("megatron-core, torch's products", None),
+        Form("plain formulas", reference.linear),
     ),
     "column_linear": (
         Form("MC2, npu_all_gather_base_mm", npu_linear.column_linear, NPU, _mc2),

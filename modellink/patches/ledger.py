@@ -5,6 +5,7 @@ Applied once by `apply_patches`, never on import.
 The rewrite for the device itself, and the switched-off jit fuser, are in `modellink.device.retarget`.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,7 +14,9 @@ from typing import Any
 
 from modellink.device.base import Device
 from modellink.ops.adamw import FusedAdamW
-from modellink.ops.parallel_linear import accumulate_weight_gradient
+from modellink.ops.embedding import embedding
+from modellink.ops.gradients import multi_tensor_norm, multi_tensor_scale
+from modellink.ops.parallel_linear import accumulate_weight_gradient, own_linear
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,33 @@ def _group_options(device: Device) -> None:
     state.get_nccl_options = lambda group, configurations: device.group_options(group)
 
 
+def _linear(device: Device) -> None:
+    layers: Any = import_module("megatron.core.tensor_parallel.layers")
+    of_core = layers.linear_with_grad_accumulation_and_async_allreduce
+
+    @functools.wraps(of_core)
+    def linear(input: Any, weight: Any, bias: Any, gradient_accumulation_fusion: bool, allreduce_dgrad: bool,
+               sequence_parallel: bool, *rest: Any, **options: Any) -> Any:
+        form = own_linear(input.device.type)
+        if form is None or input.dtype != weight.dtype or allreduce_dgrad or sequence_parallel:
+            return of_core(input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel,
+                           *rest, **options)
+        return form(input, weight, bias, gradient_accumulation_fusion)
+
+    layers.linear_with_grad_accumulation_and_async_allreduce = linear
+
+
+def _embedding(device: Device) -> None:
+    layers: Any = import_module("megatron.core.tensor_parallel.layers")
+    layers.F = SimpleNamespace(embedding=embedding)  # all that the module takes of torch.nn.functional
+
+
+def _clipping(device: Device) -> None:
+    clipping: Any = import_module("megatron.core.optimizer.clip_grads")
+    clipping.l2_norm_impl = multi_tensor_norm
+    clipping.multi_tensor_scale_impl = multi_tensor_scale
+
+
 ALL_DEVICES = ("cpu", "cuda", "npu")
 
 LEDGER: tuple[Patch, ...] = (
@@ -83,6 +113,15 @@ LEDGER: tuple[Patch, ...] = (
     Patch("group-options", "megatron.core.parallel_state.get_nccl_options", ("npu",), "0.16.1",
           "it makes options of NCCL's class; HCCL has its own, with the size of its buffers",
           "the core takes the options of a group from its caller", _group_options),
+    Patch("linear", "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce", ("cpu",),
+          "0.16.1", "it names torch's product, which is not the fastest on every CPU; the core builds the head and "
+          "takes no class of ours for it", "the core takes the function from its configuration", _linear),
+    Patch("embedding", "megatron.core.tensor_parallel.layers.F", ("cpu",), "0.16.1",
+          "the gradient of the embedding is a whole table of zeros for a few rows, made and added every microbatch",
+          "the core adds rows to the main gradient", _embedding),
+    Patch("clipping", "megatron.core.optimizer.clip_grads.l2_norm_impl, multi_tensor_scale_impl", ALL_DEVICES, "0.16.1",
+          "without Apex or TE every gradient is copied to be scaled, and the norm waits for the device at every tensor",
+          "the core's own fallbacks work in place and on all tensors at once", _clipping),
 )
 
 

@@ -12,9 +12,11 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from modellink.models.run import Run
 from modellink.ops.forms import DTYPES
+from modellink.ops.parallel_linear import accumulates_weight_gradients
 from modellink.training.batches import BatchSizes
 
 
@@ -35,6 +37,8 @@ def wrap_chunks(run: Run, config: Any, chunks: list[Any]) -> list[DistributedDat
         )
         for index, chunk in enumerate(chunks)
     ]
+    for chunk in wrapped:
+        _accumulate_weight_gradients(chunk)
     single = len(wrapped) == 1
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
@@ -43,6 +47,14 @@ def wrap_chunks(run: Run, config: Any, chunks: list[Any]) -> list[DistributedDat
     if parallel.overlap_param_gather:
         config.param_sync_func = wrapped[0].start_param_sync if single else [c.start_param_sync for c in wrapped]
     return wrapped
+
+
+def _accumulate_weight_gradients(chunk: DistributedDataParallel) -> None:
+    """Let linear layers add to the main gradients that they have from now on, where an operation of ours does it."""
+    if accumulates_weight_gradients(next(chunk.parameters()).device.type):
+        for module in chunk.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                module.gradient_accumulation_fusion = True
 
 
 def build_optimizer(run: Run, config: Any, chunks: list[DistributedDataParallel]) -> Any:
