@@ -69,10 +69,9 @@ class Form:
     devices: tuple[str, ...] = ()
     why_not: Callable[[Situation], str | None] = _always
 
-    def unusable_reason(self, situation: Situation) -> str | None:
-        if self.devices and situation.device not in self.devices:
-            return f"the device is {situation.device}"
-        return self.why_not(situation)
+    def is_for(self, device: str) -> bool:
+        """Whether it is a form of this device at all."""
+        return not self.devices or device in self.devices
 
 
 @dataclass(frozen=True)

@@ -198,12 +198,14 @@ TABLE: dict[str, tuple[Form, ...]] = {
 
 
 def choose(situation: Situation) -> list[Choice]:
-    """The first usable form of every operation, with the reasons against those before it."""
+    """The first usable form of every operation, with the reasons against those of this device before it."""
     choices = []
     for operation, forms in TABLE.items():
         passed: list[tuple[str, str]] = []
         for form in forms:
-            reason = form.unusable_reason(situation)
+            if not form.is_for(situation.device):
+                continue
+            reason = form.why_not(situation)
             if reason is None:
                 choices.append(Choice(operation, form, tuple(passed)))
                 break
