@@ -63,7 +63,8 @@ def test_something_else_listens_at_the_address(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_nobody_listens_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "got no answer from rank 0 at 127.0.0.1:" in problem_of_joining(monkeypatch, 1, MASTER_PORT=str(free_port()))
+    sentence = problem_of_joining(monkeypatch, 1, MASTER_PORT=str(free_port()))
+    assert "got no answer from rank 0 at 127.0.0.1:" in sentence and "(Connection refused): see that node 0" in sentence
 
 
 def test_an_address_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:

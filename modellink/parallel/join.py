@@ -111,6 +111,8 @@ def _meet(rank: Rank, timeout: timedelta) -> dist.Store:
     """The store through which all ranks of the job find each other."""
     place = _check_address(rank, timeout)
     seconds = timeout.total_seconds()
+    if rank.rank > 0:
+        _reach(rank, place, seconds)
     found: list[Any] = []
 
     def ask() -> None:
@@ -147,6 +149,26 @@ def _check_address(rank: Rank, timeout: timedelta) -> str:
         time.sleep(1.0)
 
 
+def _reach(rank: Rank, place: str, seconds: float) -> None:
+    """Wait until something listens where rank 0 should; torch would fill the log with its own stack meanwhile."""
+    address, _, port = place.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, int(port)), max(0.1, min(5.0, end - time.monotonic()))).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(_no_answer(rank, place, seconds, f" ({error.strerror or error})")) from error
+        time.sleep(0.2)
+
+
+def _no_answer(rank: Rank, place: str, seconds: float, said: str = "") -> str:
+    return (f"rank {rank.rank} of {rank.world_size} got no answer from rank 0 at {place} within {seconds:g} s "
+            f"(--distributed-timeout-minutes){said}: see that node 0 was started, with {SAME_FLAGS}, and that no "
+            "firewall is between.")
+
+
 def _meeting_problem(rank: Rank, place: str, seconds: float, error: RuntimeError | None) -> str:
     said = "" if error is None else str(error)
     port = place.rpartition(":")[2]
@@ -161,8 +183,6 @@ def _meeting_problem(rank: Rank, place: str, seconds: float, error: RuntimeError
         return (f"only {count} ranks joined within {seconds:g} s (--distributed-timeout-minutes): "
                 f"see that every node was started, with {SAME_FLAGS}, and look into the logs of the missing ones.")
     if error is None or "timed out" in said or "failed to connect" in said:
-        return (f"rank {rank.rank} of {rank.world_size} got no answer from rank 0 at {place} within {seconds:g} s "
-                f"(--distributed-timeout-minutes): see that node 0 was started, with {SAME_FLAGS}, and that no "
-                "firewall is between.")
+        return _no_answer(rank, place, seconds)
     return (f"rank {rank.rank} of {rank.world_size} cannot join the job at {place}: {first_words(error)}; use "
             f"{SAME_FLAGS}.")
