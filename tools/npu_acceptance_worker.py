@@ -170,7 +170,7 @@ def operator_cases() -> Iterator[Case]:
                lambda x: vocab_parallel_cross_entropy(x * 1, targets.to(x.device), None, 1000),
                lambda x: reference.vocab_parallel_cross_entropy(x, targets, None, 1000), [4 * draw(128, 2, 1024)])
     states = [draw(4096), draw(4096), 0.1 * draw(4096), 0.1 * draw(4096).square()]
-    yield Case("adamw", "4096 parameters in fp32", stepped(adamw), stepped(reference.adamw), states,
+    yield Case("adamw", "4096 fp32 parameters beside", stepped(adamw), stepped(reference.adamw), states,
                differentiable=False, kept=(torch.float32,) * 4)
     yield Case("weight_gradient", "[256, 512]' [256, 384]", summed(accumulate_weight_gradient),
                summed(reference.accumulate_weight_gradient), [draw(256, 384), draw(256, 512), draw(512, 384)],
