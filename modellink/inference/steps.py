@@ -26,21 +26,21 @@ class _Step:
     """One recording: so many rows, of which so many tokens are read."""
 
     def __init__(self, stage: Stage, cache: KVCache, count: int, end: int, capture: Capture):
-        self.tokens = torch.zeros(count, dtype=torch.int64, device=stage.device)
-        self.positions = torch.zeros(count, dtype=torch.int64, device=stage.device)
-        # held here: the model replaces its table by a larger one, and a recording reads where the old one lay
-        self._table = stage.rotary_table(cache)
+        # not of self: in a circle of references they would stay in memory until Python looks for circles
+        tokens, positions = (torch.zeros(count, dtype=torch.int64, device=stage.device) for _ in range(2))
+        # held by `run`: the model replaces its table by a larger one, and a recording reads where the old one lay
+        table = stage.rotary_table(cache)
 
         def run() -> Tensor:
-            cache.place_step(self.positions, end)
-            return stage.step(cache, self.tokens, self._table)
+            cache.place_step(positions, end)
+            return stage.step(cache, tokens, table)
 
-        self._run, self._capture = run, capture
+        self._tokens, self._positions, self._run, self._capture = tokens, positions, run, capture
         self._launch: Callable[[], Tensor] | None = None
 
     def __call__(self, tokens: list[int], positions: Tensor) -> Tensor:
-        self.tokens.copy_(torch.tensor(tokens))
-        self.positions.copy_(positions)
+        self._tokens.copy_(torch.tensor(tokens))
+        self._positions.copy_(positions)
         if self._launch is None:  # with true tokens and positions: recording may run the step, and it writes keys
             self._launch = self._capture(self._run)
         return self._launch().clone()  # the next launch fills the same tensor
