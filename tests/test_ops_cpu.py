@@ -106,11 +106,21 @@ def test_cross_entropy_of_large_logits_and_without_gradient() -> None:
     logits = torch.tensor([[[1e4, -1e4, 0.0]]]).requires_grad_()
     loss = cpu_cross_entropy(logits * 1, torch.tensor([[1]]), None, 3)
     assert loss.item() == pytest.approx(2e4)
-    kept = narrow(5, 1, 9).detach()
-    before = kept.clone()
-    assert torch.equal(cpu_cross_entropy(kept, torch.zeros(5, 1, dtype=torch.long), None, 9),
-                       torch_cross_entropy(kept, torch.zeros(5, 1, dtype=torch.long), None, 9))
+    kept, target = narrow(50, 1, 9), torch.zeros(50, 1, dtype=torch.long)
+    before = kept.detach().clone()
+    frozen = cpu_cross_entropy(kept.detach(), target, None, 9)
     assert torch.equal(kept, before)  # an evaluation leaves the logits alone
+    torch.testing.assert_close(frozen, torch_cross_entropy(before.clone(), target, None, 9))
+    # at the first step of a preference the model is its reference: the difference is 0 and no rounding
+    assert torch.equal(frozen, cpu_cross_entropy(kept * 1, target, None, 9))
+
+
+def test_a_frozen_linear_equals_one_that_learns() -> None:
+    x, weight = narrow(7, 2, 24), narrow(40, 24, seed=1)
+    frozen, learning = (cpu_linear.linear(x, w, None, True) for w in (weight.detach(), weight))
+    assert torch.equal(frozen, learning)
+    (grad,) = torch.autograd.grad(frozen.sum(), x)
+    torch.testing.assert_close(grad, weight.detach().sum(0).expand(7, 2, 24), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", [cpu_linear.linear, reference.linear])

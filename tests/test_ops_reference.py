@@ -220,7 +220,7 @@ def test_a_choice_says_why_faster_forms_do_not_run() -> None:
     lines = "\n".join(describe(Situation("npu", "Ascend910B2", torch.float32, head_dim=1024)))
     assert "rms_norm: npu_rms_norm" in lines
     assert ("attention: torch scaled_dot_product_attention (not npu_fusion_attention (SBH, packed TND, compressed "
-            "causal mask): it takes head sizes up to 768 and not 1024;") in lines
+            "causal mask): it takes head sizes up to 768 and not 1024)") in lines
     assert "not npu_rotary_mul: it takes even head sizes below 896 and not 1024" in lines
     assert "not MC2, npu_all_gather_base_mm: --use-mc2 is off" in lines
     assert "not npu_matmul_add_fp32 of mindspeed: --use-mindspeed-ops is off" in lines

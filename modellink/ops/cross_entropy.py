@@ -85,9 +85,11 @@ class _OneRankCrossEntropy(torch.autograd.Function):
             torch.softmax(part, -1, out=part)
             # the probability of the largest is one over the sum of exponentials
             losses[rows] = top - at - part.amax(-1).log_()
-            x[rows, :real] = part.scatter_add_(1, ids[rows], torch.full_like(part[:, :1], -1.0))
-        x[:, real:] = 0
-        ctx.save_for_backward(logits)
+            if ctx.needs_input_grad[0]:
+                x[rows, :real] = part.scatter_add_(1, ids[rows], torch.full_like(part[:, :1], -1.0))
+        if ctx.needs_input_grad[0]:
+            x[:, real:] = 0
+            ctx.save_for_backward(logits)
         return losses.view(target.shape)
 
     @staticmethod
@@ -124,8 +126,9 @@ def torch_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup
 def cpu_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, real_rows: int) -> Tensor:
     """The form for the CPU, where passes over memory are what it costs.
 
-    fp16 keeps the portable form: small probabilities live only after the loss scale, which the backward brings.
+    The loss is the same to the last bit without a gradient: a preference compares it with that of a frozen model. fp16
+    keeps the portable form: small probabilities live only after the loss scale, which the backward brings.
     """
-    if group is not None or logits.dtype == torch.float16 or not logits.requires_grad:
+    if group is not None or logits.dtype == torch.float16:
         return torch_cross_entropy(logits, target, group, real_rows)
     return _OneRankCrossEntropy.apply(logits, target, min(real_rows, logits.shape[-1]))

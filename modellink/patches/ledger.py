@@ -72,8 +72,11 @@ def _group_options(device: Device) -> None:
 
 def _linear(device: Device) -> None:
     layers: Any = import_module("megatron.core.tensor_parallel.layers")
-    of_core = layers.linear_with_grad_accumulation_and_async_allreduce
+    for name in ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight"):
+        setattr(layers, name, _own_where_chosen(getattr(layers, name)))
 
+
+def _own_where_chosen(of_core: Any) -> Any:
     @functools.wraps(of_core)
     def linear(input: Any, weight: Any, bias: Any, gradient_accumulation_fusion: bool, allreduce_dgrad: bool,
                sequence_parallel: bool, *rest: Any, **options: Any) -> Any:
@@ -83,7 +86,7 @@ def _linear(device: Device) -> None:
                            *rest, **options)
         return form(input, weight, bias, gradient_accumulation_fusion)
 
-    layers.linear_with_grad_accumulation_and_async_allreduce = linear
+    return linear
 
 
 def _embedding(device: Device) -> None:
@@ -113,8 +116,9 @@ LEDGER: tuple[Patch, ...] = (
     Patch("group-options", "megatron.core.parallel_state.get_nccl_options", ("npu",), "0.16.1",
           "it makes options of NCCL's class; HCCL has its own, with the size of its buffers",
           "the core takes the options of a group from its caller", _group_options),
-    Patch("linear", "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce", ("cpu",),
-          "0.16.1", "it names torch's product, which is not the fastest on every CPU; the core builds the head and "
+    Patch("linear", "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce, "
+          "linear_with_frozen_weight", ("cpu",), "0.16.1",
+          "it names torch's product, which is not the fastest on every CPU; the core builds the head and "
           "takes no class of ours for it", "the core takes the function from its configuration", _linear),
     Patch("embedding", "megatron.core.tensor_parallel.layers.F", ("cpu",), "0.16.1",
           "the gradient of the embedding is a whole table of zeros for a few rows, made and added every microbatch",

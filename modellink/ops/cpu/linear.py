@@ -40,12 +40,15 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-        if ctx.accumulate:
+        grad_weight = None
+        if not ctx.needs_input_grad[1]:
+            pass
+        elif ctx.accumulate:
             accumulate_weight_gradient(rows, grad_rows, weight.main_grad)
             weight.grad_added_to_main_grad = True
             # autograd wants one; with tied weights it is added to that of the embedding
