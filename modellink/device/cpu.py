@@ -97,9 +97,9 @@ def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors for the next ones, as allocators of accelerators do.
 
     By default glibc gives the end of its heap back to the system at once; the next tensor then pays for every page of
-    4 KiB again, which the system has to clear (several percent of a training step). Blocks above 32 MiB stay mappings of
-    their own: on the heap a freed one is a hole that the next of its size does not fit into again, because torch asks
-    for aligned blocks, and the process grows without end. Other C libraries have no such setting and stay as they are.
+    4 KiB again, which the system has to clear (several percent of a training step). Blocks above 32 MiB stay mappings
+    of their own: on the heap a freed one is a hole that the next of its size does not fit into again, because torch
+    asks for aligned blocks, and the process grows without end. Other C libraries have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
