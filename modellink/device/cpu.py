@@ -13,7 +13,7 @@ from modellink.device.options import DeviceOptions, make_deterministic
 
 # of malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT = 1 << 30  # bytes
+_LARGEST_KEPT, _LARGEST_ON_HEAP = 1 << 30, 1 << 25  # bytes
 
 
 class NoStream:
@@ -98,13 +98,14 @@ def cpu_namespace() -> types.SimpleNamespace:
 def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors for the next ones, as allocators of accelerators do.
 
-    By default glibc gives blocks above 32 MiB and the end of its heap back to the system at once; the next tensor then
-    pays for every page of 4 KiB again, which the system has to clear (a tenth of a training step). Other C libraries
-    have no such setting and stay as they are.
+    By default glibc gives the end of its heap back to the system at once; the next tensor then pays for every page of
+    4 KiB again, which the system has to clear (several percent of a training step). Blocks above 32 MiB stay mappings
+    of their own: on the heap a freed one is a hole that the next of its size does not fit into again, because torch
+    asks for aligned blocks, and the process grows without end. Other C libraries have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT)
 
 
