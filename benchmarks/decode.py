@@ -1,6 +1,7 @@
 """Generation in one process against transformers' generate: prefill and decode tokens/s, and bytes of the KV cache.
 
-    python benchmarks/decode.py [--batch 1 8 32] [--precision fp32|bf16] [--output FILE]
+    python benchmarks/decode.py [--device cpu|cuda|npu] [--shape small|0.5b|1.8b|4b|7b] [--layers N] [--batch 1 8 32]
+                                [--precision fp32|bf16] [--output FILE]
 
 Both sides load the same random weights of Qwen1.5-0.5B's width, each in a process of its own, in turn; the best of the
 rounds counts, and the ratio is that of the same run. Two jobs for each batch size:
@@ -14,6 +15,9 @@ rounds counts, and the ratio is that of the same run. Two jobs for each batch si
 
 The peer is transformers' Qwen2 with SDPA and its dynamic cache, greedy; both sides decode greedily, and ours computes
 every prompt anew (the prompts have nothing in common).
+
+A second table says how well our side uses the device: TFLOP/s (attention counted causally) and MFU of prefill, and the
+bytes of weights and cache that a decode step must read, against a large copy measured in the same run.
 """
 
 import argparse
@@ -32,17 +36,27 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-SHAPE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
-                         "num_key_value_heads": 16, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+SMALL: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6,
+                         "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048,
+                         "tie_word_embeddings": True}
+SHAPES = ("small", "0.5b", "1.8b", "4b", "7b")
 Job = list[tuple[list[int], int]]  # (prompt, tokens of its answer)
+
+
+def shape_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The config.json of the shape, with as many layers as asked."""
+    from modellink.models.presets.qwen15 import PRESETS
+
+    shape = SMALL if options.shape == "small" else PRESETS[f"qwen15-{options.shape}"].to_hf()
+    return shape | {"num_hidden_layers": options.layers or shape["num_hidden_layers"]}
 
 
 def make_jobs(options: argparse.Namespace, batch: int) -> dict[str, Job]:
     """The same requests for both sides."""
-    rng = random.Random(batch)
+    rng, words = random.Random(batch), shape_of(options)["vocab_size"]
 
     def prompt(length: int) -> list[int]:
-        return [rng.randrange(SHAPE["vocab_size"]) for _ in range(length)]
+        return [rng.randrange(words) for _ in range(length)]
 
     return {"equal": [(prompt(options.prompt_length), options.new_tokens) for _ in range(batch)],
             "unequal": [(prompt(rng.randint(16, 240)), rng.randint(8, 120)) for _ in range(2 * batch)]}
@@ -80,6 +94,8 @@ def run_peer(options: argparse.Namespace) -> dict[str, Any]:
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     model: Any = Qwen2ForCausalLM.from_pretrained(options.folder, dtype=dtype, attn_implementation="sdpa")
+    if options.device == "npu":
+        import torch_npu  # noqa: F401  # makes the device known
     model = model.to(options.device).eval()
 
     def answer(job: Job, batch: int) -> None:
@@ -118,10 +134,40 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     found = measure_side(options, answer)
     assert engine.replica.cache is not None
     found["cache"] = {"bytes": engine.replica.cache.num_bytes, "bytes_per_token": engine.replica.token_bytes}
+    from operations import ceilings
+    from train_step import peak_memory
+
+    from modellink.device.specs import find_spec
+    from modellink.ops.forms import DTYPES
+    from modellink.training.metrics import flops_per_token
+
+    spec = find_spec(device.product_name())
+    flops, copied = ceilings(options, device, DTYPES[options.precision])
+    found["device"] = {
+        "name": device.product_name(), "flops": flops, "bytes_per_second": copied,
+        "datasheet_flops": spec.bf16_flops if spec and options.precision == "bf16" else None,
+        "peak_bytes": peak_memory() if device.name == "cpu" else device.peak_memory(),
+        # forward alone: a third of training
+        "flops_per_token": flops_per_token(run.model, 0) / 3,
+        "flops_per_context_token": (flops_per_token(run.model, 2) - flops_per_token(run.model, 0)) / 3,
+        "weight_bytes": flops_per_token(run.model, 0) / 6 * (4 if options.precision == "fp32" else 2)}
     return found
 
 
-def make_model(folder: Path, layers: int) -> None:
+def use_of(options: argparse.Namespace, batch: int, rates: dict[str, float], device: dict[str, Any],
+           token_bytes: int) -> dict[str, float | None]:
+    """How much of the device our side uses; see the table's heading."""
+    prefill = rates["prefill"] * (device["flops_per_token"]
+                                  + device["flops_per_context_token"] * options.prompt_length / 2)
+    context = options.prompt_length + options.new_tokens / 2
+    read = rates["decode"] / batch * (device["weight_bytes"] + batch * context * token_bytes)
+    peak = device["datasheet_flops"]
+    return {"prefill_flops": prefill, "prefill_mfu": prefill / peak if peak else None,
+            "prefill_share": prefill / device["flops"], "decode_bytes_per_second": read,
+            "decode_share": read / device["bytes_per_second"]}
+
+
+def make_model(folder: Path, shape: dict[str, Any]) -> None:
     """Random weights and a tokenizer that nobody uses."""
     import torch
     from tokenizers import Tokenizer
@@ -129,7 +175,7 @@ def make_model(folder: Path, layers: int) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(**SHAPE, num_hidden_layers=layers, bos_token_id=0, eos_token_id=0)
+    config = Qwen2Config(**shape | {"bos_token_id": 0, "eos_token_id": 0})
     Qwen2ForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<unk>").save_pretrained(folder)
@@ -140,7 +186,8 @@ def measure(side: str, options: argparse.Namespace, folder: Path, kv_cache_dtype
     command = [sys.executable, str(Path(__file__)), "--side", side, "--folder", str(folder), "--precision",
                options.precision, "--device", options.device, "--repeats", str(options.repeats), "--prompt-length",
                str(options.prompt_length), "--new-tokens", str(options.new_tokens), "--kv-cache-dtype", kv_cache_dtype,
-               "--clock", options.clock, "--batch", *map(str, options.batch)]
+               "--clock", options.clock, "--shape", options.shape, "--layers", str(options.layers),
+               "--batch", *map(str, options.batch)]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -153,21 +200,23 @@ def measure(side: str, options: argparse.Namespace, folder: Path, kv_cache_dtype
 def best_of(turns: list[dict[str, Any]]) -> dict[str, Any]:
     """The highest rate of every figure."""
     return {batch: {name: max(turn[batch][name] for turn in turns) for name in turns[0][batch]}
-            for batch in turns[0] if batch != "cache"}
+            for batch in turns[0] if batch.isdigit()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generation against transformers, in one run.")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="batch sizes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--layers", type=int, default=6, help="layers of the model")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="small (6 layers of the 0.5B's width, "
+                        "vocabulary 32000), or a size of Qwen1.5")
+    parser.add_argument("--layers", type=int, default=0, help="this many layers of the shape (default: all)")
     parser.add_argument("--prompt-length", type=int, default=128, help="tokens of a prompt of the equal job")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer of the equal job")
     parser.add_argument("--repeats", type=int, default=2, help="times a job runs in a process; the fastest counts")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side; the best counts")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds on the clock, or CPU seconds "
                         "of the process: for a machine that others use too, with OMP_NUM_THREADS=1")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu", help="where to run")
     parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "decode.json")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -178,14 +227,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_model(folder, options.layers)
+        make_model(folder, shape_of(options))
         turns: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
         for _ in range(options.rounds):
             for side in turns:
                 turns[side].append(measure(side, options, folder))
         small = measure("ours", options, folder, "int8")
     ours, peer, int8 = best_of(turns["ours"]), best_of(turns["peer"]), best_of([small])
-    results: dict[str, Any] = {"shape": {**SHAPE, "num_hidden_layers": options.layers}, "precision": options.precision,
+    results: dict[str, Any] = {"shape": shape_of(options), "precision": options.precision,
                                "clock": options.clock, "ours": ours, "transformers": peer, "ours_int8_cache": int8}
     results["ratio"] = {batch: {name: rate / peer[batch][name] for name, rate in rates.items()}
                         for batch, rates in ours.items()}
@@ -199,6 +248,17 @@ def main() -> None:
                   f"{results['ratio'][batch][name]:5.2f}x   {int8[batch][name]:10.1f}")
     print(f"KV cache: {results['cache']['full']['bytes_per_token']} bytes a token, int8 "
           f"{results['cache']['int8']['bytes_per_token']}: {results['cache']['int8_to_full']:.3f}x")
+    device = turns["ours"][0]["device"]
+    results["device"], results["use"] = device, {
+        batch: use_of(options, int(batch), rates, device, results["cache"]["full"]["bytes_per_token"])
+        for batch, rates in ours.items()}
+    print(f"{device['name']}: {device['flops'] / 1e12:.3f} TFLOP/s and {device['bytes_per_second'] / 1e9:.1f} GB/s "
+          f"measured; peak memory {device['peak_bytes'] / 2**30:.2f} GiB")
+    print(f"{'':10} {'prefill TFLOP/s':>16} {'MFU':>7} {'of measured':>12} {'decode GB/s':>12} {'of measured':>12}")
+    for batch, use in results["use"].items():
+        mfu = "n/a" if use["prefill_mfu"] is None else f"{100 * use['prefill_mfu']:.1f} %"
+        print(f"batch {batch:>3}  {use['prefill_flops'] / 1e12:16.3f} {mfu:>7} {100 * use['prefill_share']:10.1f} % "
+              f"{use['decode_bytes_per_second'] / 1e9:12.1f} {100 * use['decode_share']:10.1f} %")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=2) + "\n")
 
