@@ -56,7 +56,7 @@ def test_a_trace_holds_the_steps_and_ranks_asked_for(folder: Path) -> None:
 
 def test_a_trace_shows_operations_of_forward_backward_communication_and_optimizer(folder: Path) -> None:
     names = trace(folder / "second" / "rank_1.steps_2-3.json")
-    assert {"aten::scaled_dot_product_attention", "aten::rms_norm", "aten::_fused_adamw_"} <= names
+    assert {"_TiledAttention", "_TiledAttentionBackward", "aten::rms_norm", "aten::_fused_adamw_"} <= names
     assert any("allreduce" in name or "all_reduce" in name for name in names)
     assert any(name.startswith("autograd::engine::evaluate_function") for name in names)
 
