@@ -111,7 +111,7 @@ def _grouped(situation: Situation) -> str | None:
         return f"documented for Ascend950 and not for {situation.product or 'this product'}"
     if not has_operator("npu_grouped_matmul_add_"):
         return "this torch_npu has no npu_grouped_matmul_add_"
-    return _accumulates(situation) or dtype_problem(situation.dtype, HALF)
+    return _accumulates(situation) or limits.dtype_problem(situation.dtype, limits.HALF)
 
 
 # operation -> its forms, fastest first; the last one is the reference, always usable
