@@ -22,7 +22,7 @@ from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.cuda import limits as cuda_limits
 from modellink.ops.cuda import pointwise as cuda_pointwise
 from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
-from modellink.ops.limits import HALF, dtype_problem
+from modellink.ops.limits import dtype_problem
 from modellink.ops.npu import attention as npu_attention
 from modellink.ops.npu import limits, pointwise
 from modellink.ops.npu import parallel_linear as npu_linear
