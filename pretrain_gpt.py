@@ -9,13 +9,14 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 from modellink.config import run_command  # noqa: E402
 from modellink.config.settings import parse_settings  # noqa: E402
+from modellink.parallel.rank import Rank  # noqa: E402
 from modellink.runtime import TITLES, prepare_run  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, start this rank, train. Returns the exit code."""
     settings = parse_settings("pretrain_gpt.py", TITLES["train"], argv)
-    run = prepare_run(settings, int(os.environ.get("WORLD_SIZE", 1)), "train")
+    run = prepare_run(settings, Rank.from_environment().world_size, "train")
     from modellink.device.options import refusals_explained
     from modellink.parallel.groups import stop_groups
     from modellink.start import start

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from modellink.config.errors import ConfigError
 from modellink.config.settings import Settings, parse_settings
 from modellink.models.run import Run
+from modellink.parallel.rank import Rank
 from modellink.runtime import TITLES, prepare_run
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def check_generation(settings: Settings) -> Run:
     Raises:
         ConfigError: every problem found.
     """
-    return prepare_run(settings, int(os.environ.get("WORLD_SIZE", 1)), "generate")
+    return prepare_run(settings, Rank.from_environment().world_size, "generate")
 
 
 def open_model(settings: Settings, run: Run | None = None, frontend: "Frontend | None" = None) -> "Model":

@@ -11,7 +11,7 @@ from modellink.device.retarget import retarget
 from modellink.device.select import select_device
 from modellink.models.run import Run
 from modellink.parallel.groups import seed_everything, start_groups
-from modellink.parallel.join import Rank
+from modellink.parallel.rank import Rank
 from modellink.patches.ledger import apply_patches
 
 

@@ -111,6 +111,7 @@ def test_the_version_of_nvidias_driver(content: str | None, version: str, tmp_pa
 
 def test_unknown_hardware_has_no_peak_rate() -> None:
     assert find_spec("cpu") is None
+    assert find_spec("NVIDIA H200 MIG 1g.18gb") is None
     spec = find_spec("NVIDIA H200")
     assert spec is not None and spec.bf16_flops == 989e12
 

@@ -19,7 +19,8 @@ from modellink.device.select import select_device
 from modellink.device.visible import visibility_problem
 from modellink.launch.report import Failure, first_failure
 from modellink.parallel import join as joining
-from modellink.parallel.join import Rank, check_devices, join
+from modellink.parallel.join import check_devices, join
+from modellink.parallel.rank import Rank
 
 SECONDS = 1.0
 
@@ -116,6 +117,17 @@ def test_an_environment_that_contradicts_itself(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
         Rank.from_environment()
+
+
+@pytest.mark.parametrize("program, words", [
+    ("pretrain_gpt.py", "--model qwen15-0.5b --mock-data --seq-length 64 --train-iters 1 --lr 1e-3 --device cpu"),
+    ("inference.py", "--load nowhere --tokenizer-name-or-path nowhere"),
+    ("evaluation.py", "--load nowhere --tokenizer-name-or-path nowhere --task mmlu --task-data-path nowhere")])
+def test_a_program_says_so_in_a_sentence(program: str, words: str) -> None:
+    done = subprocess.run([sys.executable, program, *words.split()], cwd=REPO, capture_output=True, text=True,
+                          env={**os.environ, "WORLD_SIZE": "two"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "WORLD_SIZE=two in the environment must be whole numbers" in done.stderr
 
 
 def test_a_size_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:

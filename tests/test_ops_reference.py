@@ -180,6 +180,22 @@ def test_forms_follow_the_device_of_the_tensors() -> None:
     assert form_of("rotary", "npu", torch_rotate) is torch_rotate
 
 
+def test_swiglu_of_a_transposed_input() -> None:
+    x = leaf(3, 4, 6).detach().transpose(0, 1).requires_grad_()
+    assert_same(swiglu, reference.swiglu, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_without_gradient_leaves_its_logits(dtype: torch.dtype) -> None:
+    logits, target = leaf(3, 2, 16, dtype=dtype), torch.randint(0, 16, (3, 2))
+    before = logits.detach().clone()
+    with torch.no_grad(), forms_in_use(choose(Situation("cpu", dtype=dtype)), "cpu"):
+        got = vocab_parallel_cross_entropy(logits, target, None, 16)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(
+        before.float().flatten(0, 1), target.flatten(), reduction="none").view(3, 2), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_products_with_frozen_weights(has_bias: bool, dtype: torch.dtype) -> None:

@@ -163,8 +163,9 @@ def curve_rows(options: Options, ranks: int) -> list[Row]:
 
     asked = {name: CURVES[name] for name in options.curves or CURVES if CURVES[name][1] <= ranks}
     precisions = ["fp32", *sorted({precision for precision, _, _ in asked.values()} - {"fp32"})]
-    expected = {precision: losses(precision, "cpu", PRECISIONS[precision]) for precision in precisions}
-    rows = []
+    expected = {precision: losses(precision, "cpu", PRECISIONS[precision]) for precision in precisions if asked}
+    rows = [Row("curve", f"{name}: left out, it needs {CURVES[name][1]} devices", None, "")
+            for name in options.curves or CURVES if name not in asked]
     for name, (precision, count, flags) in asked.items():
         # roundings move the CPU's own curve by so much, and may move the device's by as much in another direction
         limit = max(CURVE_LIMIT, ROUNDINGS * largest(expected["fp32"], expected[precision]))

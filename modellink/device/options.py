@@ -39,6 +39,8 @@ def make_deterministic(required: Required, environment: MutableMapping[str, str]
             raise ConfigError(f"--use-deter-comp: the environment has {name}={found}, with which results differ from "
                               f"run to run; unset it or set it to {values[0]}.")
     torch.use_deterministic_algorithms(True)
+    # nothing here reads memory before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 UNORDERED = " does not have a deterministic implementation"

@@ -16,6 +16,7 @@ from modellink.config.errors import ConfigError, ProblemList, run_command
 from modellink.config.settings import EvaluationSettings, Settings, parse_known_settings
 from modellink.inference.defaults import RULES
 from modellink.models.run import Run
+from modellink.parallel.rank import Rank
 from modellink.runtime import TITLES, prepare_run
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, rest = parse_words(words)
     run = _check(settings, rest)
     from modellink.inference.frontend import Frontend
-    from modellink.parallel.groups import Rank
 
     frontend = Frontend.of(settings)
     if Rank.from_environment().rank != 0:
@@ -111,7 +111,7 @@ def _check(settings: Settings, rest: Sequence[str]) -> Run:
             problems.add(f"{name}: {OURS[name]}; leave it out.")
     for field in sorted(settings.given & {*RULES, "task", "prompt", "stop", "num_samples", "max_length"}):
         problems.add(f"--{field.replace('_', '-')}: lm-eval takes this from its tasks; use --tasks and --gen_kwargs.")
-    run = problems.catch(lambda: prepare_run(settings, int(os.environ.get("WORLD_SIZE", 1)), "generate"))
+    run = problems.catch(lambda: prepare_run(settings, Rank.from_environment().world_size, "generate"))
     problems.raise_if_any()
     assert isinstance(run, Run)
     return run

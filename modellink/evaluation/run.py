@@ -17,6 +17,7 @@ from modellink.evaluation.resume import Answers
 from modellink.inference.defaults import Defaults, config_folders, find_stop_ids, read_defaults
 from modellink.inference.request import SamplingSettings
 from modellink.models.run import Run
+from modellink.parallel.rank import Rank
 from modellink.runtime import TITLES, prepare_run
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded = [found for found in (problems.catch(lambda plan=plan: load(plan, settings, run, tokenizer))  # type: ignore[misc]
                                   for plan in plans) if isinstance(found, Loaded)]
     problems.raise_if_any()
-    from modellink.parallel.groups import Rank  # imports torch
 
     is_printer = Rank.from_environment().rank == 0
     folder = Path(settings.evaluation.evaluation_output)
@@ -62,7 +62,7 @@ def _check(settings: Settings) -> tuple[list[Plan], Run, Defaults]:
     problems = ProblemList()
     plans = problems.catch(lambda: make_plans(settings))
     problems.catch(lambda: check_output(settings))
-    run = problems.catch(lambda: prepare_run(settings, int(os.environ.get("WORLD_SIZE", 1)), "evaluate"))
+    run = problems.catch(lambda: prepare_run(settings, Rank.from_environment().world_size, "evaluate"))
     defaults = problems.catch(lambda: read_defaults(config_folders(settings)))
     problems.raise_if_any()
     assert isinstance(plans, list) and isinstance(run, Run) and isinstance(defaults, Defaults)

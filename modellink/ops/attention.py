@@ -1,5 +1,7 @@
 """Causal attention with grouped queries; the scores are never held."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,8 +32,9 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float |
                     cu_seqlens: list[int] | None = None) -> Tensor:
     """The portable form: torch's scaled_dot_product_attention, once for each packed sample."""
     if cu_seqlens is not None:
-        parts = [_attend(query[start:end], key[start:end], value[start:end], scale)
-                 for start, end in zip(cu_seqlens, cu_seqlens[1:])]
+        # split has one backward for all parts; each slice would fill a row of zeros
+        lengths = [end - start for start, end in pairwise(cu_seqlens)]
+        parts = [_attend(q, k, v, scale) for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)))]
         return torch.cat(parts)
     return _attend(query, key, value, scale)
 

@@ -1,7 +1,7 @@
 """Cross-entropy over a vocabulary that is split over tensor parallel ranks; no fp32 copy of the logits is held.
 
 loss = log(sum_j exp(x_j)) - x_target, with the maximum and the sum reduced over the ranks. Logits are read in
-chunks of tokens; the backward writes the gradient into the storage of the logits.
+chunks of tokens; the gradient is written into the storage of the logits.
 """
 
 from typing import Any
@@ -74,7 +74,7 @@ class _OneRankCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, real: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, real: int, is_learning: bool) -> Tensor:
         x, ids = logits.view(-1, logits.shape[-1]), target.reshape(-1, 1)
         losses = torch.empty(x.shape[0])
         buffer = torch.empty(_CHUNK["cpu"], real)
@@ -85,26 +85,27 @@ class _OneRankCrossEntropy(torch.autograd.Function):
             torch.softmax(part, -1, out=part)
             # the probability of the largest is one over the sum of exponentials
             losses[rows] = top - at - part.amax(-1).log_()
-            if ctx.needs_input_grad[0]:
+            if is_learning:
                 x[rows, :real] = part.scatter_add_(1, ids[rows], torch.full_like(part[:, :1], -1.0))
-        if ctx.needs_input_grad[0]:
+        if is_learning:
             x[:, real:] = 0
             ctx.save_for_backward(logits)
         return losses.view(target.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (logits,) = ctx.saved_tensors
         x, grad = logits.view(-1, logits.shape[-1]), grads[0].reshape(-1)
         for part, factors in zip(x.split(_CHUNK["cpu"]), grad.split(_CHUNK["cpu"])):
             if (factors != 1).any():
                 part.mul_(factors[:, None])
-        return logits, None, None
+        return logits, None, None, None
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup | None,
                                  real_rows: int) -> Tensor:
-    """Loss of every token. The backward overwrites `logits`, so nothing else may need them afterwards.
+    """Loss of every token. The forward or the backward overwrites logits that have a gradient, so
+    nothing else may need them afterwards.
 
     Args:
         logits: [sequence, batch, vocabulary rows / TP], contiguous, fp32, bf16 or fp16.
@@ -131,4 +132,6 @@ def cpu_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup |
     """
     if group is not None or logits.dtype == torch.float16:
         return torch_cross_entropy(logits, target, group, real_rows)
-    return _OneRankCrossEntropy.apply(logits, target, min(real_rows, logits.shape[-1]))
+    # inside the function grad mode is always off
+    is_learning = torch.is_grad_enabled() and logits.requires_grad
+    return _OneRankCrossEntropy.apply(logits, target, min(real_rows, logits.shape[-1]), is_learning)

@@ -104,9 +104,11 @@ def forms_in_use(choices: Sequence[Choice], device_type: str) -> Iterator[None]:
     """`use_forms` for the time of the block."""
     before = dict(_in_use)
     use_forms(choices, device_type)
-    yield
-    _in_use.clear()
-    _in_use.update(before)
+    try:
+        yield
+    finally:
+        _in_use.clear()
+        _in_use.update(before)
 
 
 def form_of(operation: str, device_type: str, portable: Callable[..., Any]) -> Callable[..., Any]:

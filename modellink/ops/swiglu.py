@@ -22,7 +22,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        out = torch.empty_like(x)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # contiguous, whatever x is
         for part, grad, target in zip(_parts(x), grads[0].reshape(-1, grads[0].shape[-1]).split(_rows(x)), _parts(out)):
             gate, up = part.chunk(2, dim=-1)
             target_gate, target_up = target.chunk(2, dim=-1)

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from modellink.config.errors import ConfigError
 from modellink.device.base import Device
 from modellink.parallel.dims import ParallelDims
-from modellink.parallel.join import Rank, check_devices, join
+from modellink.parallel.join import bind, check_devices, join
+from modellink.parallel.rank import Rank
 
 
 def start_groups(device: Device, dims: ParallelDims, timeout_minutes: int) -> None:
@@ -32,7 +33,7 @@ def start_groups(device: Device, dims: ParallelDims, timeout_minutes: int) -> No
 
     rank = Rank.from_environment()
     check_devices(device, rank)
-    device.set_current(rank.local_rank)
+    bind(device, rank)
     if not dist.is_initialized():
         join(device, rank, timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(

@@ -5,7 +5,6 @@ import re
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,44 +15,11 @@ from torch.distributed.rendezvous import rendezvous
 from modellink.config.errors import ConfigError
 from modellink.device.base import Device
 from modellink.device.network import interface_problem
+from modellink.parallel.rank import Rank
 
 RESOLVE_SECONDS = 30.0  # a name service may learn of a new machine a little later
 MARGIN_SECONDS = 10.0  # torch itself takes somewhat longer than its timeout
 SAME_FLAGS = "the same --nnodes, --nproc-per-node, --master-addr and --master-port on every node"
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Where this process is in the job, as the launcher's environment says.
-
-    Attributes:
-        rank, world_size: in the job.
-        local_rank, local_world_size: on this node.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Rank":
-        """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torch's launcher; a plain process is rank 0 of 1.
-
-        Raises:
-            ConfigError: one of them is not a number, or they contradict each other.
-        """
-        found = {name: os.environ.get(name, default) for name, default in (
-            ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))}
-        wrong = [f"{name}={value}" for name, value in found.items() if not value.isdigit()]
-        if wrong:
-            raise ConfigError(f"{', '.join(wrong)} in the environment must be whole numbers; start the ranks with "
-                              "modellink launch or torchrun, or unset them.")
-        numbers = [int(value) for value in found.values()]
-        if numbers[0] >= numbers[1]:
-            raise ConfigError(f"RANK={numbers[0]} in the environment must be below WORLD_SIZE={numbers[1]}; start the "
-                              "ranks with modellink launch or torchrun, or unset both.")
-        return cls(*numbers)
 
 
 def check_devices(device: Device, rank: Rank) -> None:
@@ -62,6 +28,21 @@ def check_devices(device: Device, rank: Rank) -> None:
     if device.name != "cpu" and most > device.count():
         raise ConfigError(f"{most} ranks on this node, which has {device.count()} visible {device.name} devices: every "
                           "rank needs one of its own; start fewer with --nproc-per-node, or make more visible.")
+
+
+def bind(device: Device, rank: Rank) -> None:
+    """Bind this process to the accelerator of its local rank.
+
+    Raises:
+        ConfigError: the accelerator does not start.
+    """
+    try:
+        device.set_current(rank.local_rank)
+        torch.ones(1).to(device.current())
+    except RuntimeError as error:
+        raise ConfigError(f"{device.name} {rank.local_rank} does not start on rank {rank.rank}: {first_words(error)}; "
+                          "another process may hold it: look at the vendor's tool, or make other devices visible."
+                          ) from error
 
 
 def join(device: Device, rank: Rank, timeout: timedelta) -> None:

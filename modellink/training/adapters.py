@@ -10,7 +10,7 @@ from modellink.checkpoint.adapter_config import base_checksum, has_adapters
 from modellink.checkpoint.adapter_folders import open_adapters
 from modellink.checkpoint.sources import open_any
 from modellink.lora.inject import initialise_magnitudes
-from modellink.parallel.groups import Rank
+from modellink.parallel.rank import Rank
 from modellink.training.state import TrainState, load_weights, resume_from
 
 

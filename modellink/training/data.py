@@ -10,7 +10,7 @@ from modellink.data.instruction_dataset import build_instruction_datasets, datas
 from modellink.data.packing import PackedDataset
 from modellink.data.pair_dataset import build_pair_datasets
 from modellink.models.run import Run
-from modellink.parallel.groups import Rank
+from modellink.parallel.rank import Rank
 from modellink.training.batches import BatchSizes
 
 Sets = tuple[Any, Any, Any]

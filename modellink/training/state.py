@@ -37,7 +37,7 @@ from modellink.device.base import Device
 from modellink.lora.state import trainable_state
 from modellink.models.run import Run
 from modellink.ops.forms import DTYPES
-from modellink.parallel.groups import Rank
+from modellink.parallel.rank import Rank
 from modellink.training.dist_state import RATES, read_distributed, read_rng, write_distributed
 from modellink.training.optimizer import complete_parameters
 from modellink.training.vocabulary import fill_new_rows

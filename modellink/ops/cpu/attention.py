@@ -6,6 +6,7 @@ gradient of the scores is P (D - sum(dO O)). Everything is computed in fp32; bf1
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None 
     Without a gradient too: recomputed activations are those of the first pass.
     """
     bounds = cu_seqlens or [0, query.shape[0]]
-    longest = max(b - a for a, b in zip(bounds, bounds[1:]))
+    longest = max(b - a for a, b in pairwise(bounds))
     if longest > LONGEST or query.shape[0] != key.shape[0] or query.dtype == torch.float64:
         return torch_attention(query, key, value, scale=scale, cu_seqlens=cu_seqlens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    parts = [_TiledAttention.apply(query[a:b], key[a:b], value[a:b], scale) for a, b in zip(bounds, bounds[1:])]
+    lengths = [b - a for a, b in pairwise(bounds)]
+    # split has one backward for all parts; each slice would fill a row of zeros
+    parts = [_TiledAttention.apply(*part, scale) for part in zip(*(x.split(lengths) for x in (query, key, value)))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

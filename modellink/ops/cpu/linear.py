@@ -35,7 +35,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # a frozen weight asks for no input
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.accumulate = accumulate
         return _product(x, weight, bias)
 
