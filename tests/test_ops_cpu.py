@@ -208,9 +208,9 @@ def test_freed_memory_is_kept() -> None:
               "    before = faults(); [torch.ones(1 << 22) for _ in range(6)]; return faults() - before\n"
               "print(use(), use())\n"
               "CpuDevice().set_current(0)\n"
-              "print(use(), use())\n")
+              "print(use(), use(), use())\n")  # the heap may grow twice
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    given_back, first, kept = (int(word) for word in done.stdout.split()[1:])
+    given_back, *_, kept = (int(word) for word in done.stdout.split()[1:])
     assert given_back > 6000 and kept < given_back / 2
 
 

@@ -45,17 +45,14 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-        grad_weight = None
-        if not ctx.needs_input_grad[1]:
-            pass
-        elif ctx.accumulate:
-            accumulate_weight_gradient(rows, grad_rows, weight.main_grad)
+        grad_rows, grad_weight = grad.flatten(0, -2), None
+        if ctx.needs_input_grad[1] and ctx.accumulate:
+            accumulate_weight_gradient(x.flatten(0, -2), grad_rows, weight.main_grad)
             weight.grad_added_to_main_grad = True
             # autograd wants one; with tied weights it is added to that of the embedding
             grad_weight = (torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like)(weight)
-        else:
-            grad_weight = grad_rows.t() @ rows
+        elif ctx.needs_input_grad[1]:
+            grad_weight = grad_rows.t() @ x.flatten(0, -2)
         return grad_x, grad_weight, grad_rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
