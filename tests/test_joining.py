@@ -10,16 +10,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from ladder import REPO
 
 from modellink.config import ConfigError
+from modellink.device.cpu import CpuDevice
 from modellink.device.network import interface_problem
 from modellink.device.select import select_device
 from modellink.device.visible import visibility_problem
 from modellink.launch.report import Failure, first_failure
 from modellink.parallel import join as joining
-from modellink.parallel.join import check_devices, join
+from modellink.parallel.join import bind, check_devices, join
 from modellink.parallel.rank import Rank
 
 SECONDS = 1.0
@@ -134,6 +136,19 @@ def test_a_size_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE=2 in the environment without MASTER_ADDR"):
         join(select_device("cpu"), Rank(0, 2, 0, 2), timedelta(seconds=SECONDS))
+
+
+class Held(CpuDevice):
+    """A device that another process holds."""
+
+    def set_current(self, local_rank: int) -> torch.device:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nfurther lines")
+
+
+def test_a_device_that_does_not_start() -> None:
+    with pytest.raises(ConfigError, match=r"^cpu 1 does not start on rank 3: CUDA error: all CUDA-capable devices are "
+                                          r"busy or unavailable; another process may hold it"):
+        bind(Held(), Rank(3, 4, 1, 2))
 
 
 def test_a_cpu_serves_any_number_of_ranks() -> None:

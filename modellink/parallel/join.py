@@ -99,7 +99,7 @@ def _meet(rank: Rank, timeout: timedelta) -> dist.Store:
     def ask() -> None:
         try:
             found.append(next(rendezvous("env://", rank.rank, rank.world_size, timeout=timeout))[0])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, OSError) as error:  # a thread has nobody else to tell
             found.append(error)
 
     # torch waits without end for an answer of whatever else listens there, so the wait is our own
@@ -107,7 +107,7 @@ def _meet(rank: Rank, timeout: timedelta) -> dist.Store:
     thread.start()
     thread.join(seconds + MARGIN_SECONDS)
     result = found[0] if found else None
-    if result is None or isinstance(result, RuntimeError):
+    if result is None or isinstance(result, Exception):
         raise ConfigError(_meeting_problem(rank, place, seconds, result)) from result
     return result
 
@@ -150,7 +150,7 @@ def _no_answer(rank: Rank, place: str, seconds: float, said: str = "") -> str:
             "firewall is between.")
 
 
-def _meeting_problem(rank: Rank, place: str, seconds: float, error: RuntimeError | None) -> str:
+def _meeting_problem(rank: Rank, place: str, seconds: float, error: Exception | None) -> str:
     said = "" if error is None else str(error)
     port = place.rpartition(":")[2]
     joined = re.search(r"(\d+)/(\d+) clients joined", said)
