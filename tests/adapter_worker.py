@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from modellink.config.settings import parse_settings
-from modellink.parallel.groups import Rank, start_groups, stop_groups
+from modellink.parallel.groups import start_groups, stop_groups
+from modellink.parallel.rank import Rank
 from modellink.runtime import prepare_run
 from modellink.start import start
 

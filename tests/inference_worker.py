@@ -20,7 +20,8 @@ from modellink.config.errors import ConfigError
 from modellink.config.settings import parse_settings
 from modellink.inference.request import Request, SamplingSettings
 from modellink.models.run import Run
-from modellink.parallel.groups import Rank, start_groups, stop_groups
+from modellink.parallel.groups import start_groups, stop_groups
+from modellink.parallel.rank import Rank
 from modellink.runtime import prepare_run
 from modellink.start import start
 

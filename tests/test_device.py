@@ -155,6 +155,7 @@ def test_kernels_are_ordered_before_cuda_starts(monkeypatch: pytest.MonkeyPatch,
     ("NVIDIA GB200", 2500), ("NVIDIA GeForce RTX 4090", 165.2), ("Ascend910B1", 354), ("Ascend910B2C", 354),
     ("Ascend910B3", 295), ("Ascend910B4", 246), ("Ascend910_9392", 376), ("Ascend910A", 256),
     # others whose names are alike
+    ("NVIDIA H200 NVL", 835.0),
     ("NVIDIA L40", None), ("NVIDIA H20", None), ("NVIDIA GH200 480GB", None), ("NVIDIA GeForce RTX 4090 D", None),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A10", None), ("Ascend910B", None), ("Ascend310P3", None),
     ("Ascend950", None)])
