@@ -1,6 +1,7 @@
 """Handlers of pretraining text: a record becomes one text for each output."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from modellink.data.batches import Batch, missing_column
@@ -62,7 +63,7 @@ class WikiTextPretrainHandler(GeneralPretrainHandler):
 
 
 @dataclasses.dataclass(frozen=True)
-class WrittenPretrainHandler:
+class WrittenPretrainHandler(ABC):
     """Text composed of several columns.
 
     Attributes:
@@ -80,9 +81,9 @@ class WrittenPretrainHandler:
         """As GeneralPretrainHandler's, for one output."""
         return [[self.compose(batch.place(i), parse_row(batch, i)) for i in range(len(batch.rows))]]
 
+    @abstractmethod
     def compose(self, place: str, record: dict[str, Any]) -> str:
         """The text of a record."""
-        raise NotImplementedError
 
 
 class AlpacaPretrainHandler(WrittenPretrainHandler):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from abc import ABC, abstractmethod
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ class Ask:
     tokenizer: "PreTrainedTokenizerBase | None" = None
 
 
-class Task:
+class Task(ABC):
     """A benchmark.
 
     Attributes:
@@ -71,17 +72,17 @@ class Task:
     counts_tokens = False
     runs_code = False
 
+    @abstractmethod
     def questions(self, ask: Ask) -> list[Question]:
         """Every question, in the order of the files.
 
         Raises:
             ConfigError: the data is missing or of another form.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, question: Question, answer: str) -> Judgement:
         """Score a generated answer."""
-        raise NotImplementedError
 
     def num_shots(self, ask: Ask) -> int:
         """Examples in front of a question; chat asks without any unless told otherwise."""
