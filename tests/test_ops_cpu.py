@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy, linear, silu
 from modellink.ops import reference
 from modellink.ops.cpu import attention as cpu_attention
 from modellink.ops.cpu import linear as cpu_linear
+from modellink.ops.cpu import rms_norm as cpu_rms_norm
+from modellink.ops.cpu import workspace
 from modellink.ops.cross_entropy import cpu_cross_entropy, torch_cross_entropy
 from modellink.ops.embedding import embedding
 from modellink.ops.forms import Choice, Form, Situation, forms_in_use
@@ -186,6 +188,39 @@ def test_swiglu_in_more_than_one_part() -> None:
     torch.testing.assert_close(got, expected)
     slope = torch.randn(got.shape, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(torch.autograd.grad(got, x, slope), torch.autograd.grad(expected, x, slope))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_in_more_than_one_part(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_rms_norm, "_CACHED_ELEMENTS", 1 << 13)
+    x, weight = narrow(90, 2, 256, dtype=dtype), narrow(256, seed=1, dtype=dtype)
+    wide = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+    got, expected = cpu_rms_norm.rms_norm(x, weight, 1e-5), reference.rms_norm(*wide, 1e-5)
+    assert "_RMSNorm" in type(got.grad_fn).__name__ and got.dtype == dtype
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]  # relative, once
+    slope = torch.randn(got.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    pairs = [(got, expected), *zip(torch.autograd.grad(got, (x, weight), slope),
+                                   torch.autograd.grad(expected, wide, slope.double()))]
+    for a, b in pairs:
+        torch.testing.assert_close(a.double(), b, rtol=rounding, atol=2e-6 * float(b.abs().max()))
+    assert "_RMSNorm" not in type(cpu_rms_norm.rms_norm(narrow(2, 1, 256), narrow(256), 1e-5).grad_fn).__name__
+
+
+def test_large_outputs_of_linear_use_their_memory_again() -> None:
+    x, weight, bias = narrow(600, 2, 8), narrow(7100, 8, seed=1), narrow(7100, seed=2)
+    out = cpu_linear.linear(x, weight, bias, False)
+    place, kept = out.data_ptr(), out.detach()[5:6]
+    assert place % 64 == 0 and not out._is_view()
+    torch.testing.assert_close(out, linear(x, weight, bias), atol=1e-5, rtol=1e-5)
+    del out
+    beside = cpu_linear.linear(x, weight, None, False)  # a part of the first output still lives
+    assert beside.data_ptr() != place
+    torch.testing.assert_close(kept, linear(x[5:6], weight, bias), atol=1e-5, rtol=1e-5)
+    second = beside.data_ptr()
+    del beside, kept
+    assert cpu_linear.linear(x[:595], weight, None, False).data_ptr() in (place, second)
+    workspace.empty((1 << 24,))
+    assert [block.nbytes for block in workspace._free] == [(1 << 26) + 64]  # smaller ones are given up
 
 
 def test_norm_and_scale_of_all_gradients() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modellink.ops.forms import form_of
 
-_CACHED_ELEMENTS = 1 << 17  # of the input, in the cache of one core
+_CACHED_ELEMENTS = 1 << 18  # of the input, in the cache of one core
 
 
 class _SwiGLU(torch.autograd.Function):

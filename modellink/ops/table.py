@@ -18,6 +18,7 @@ from modellink.ops import (
 from modellink.ops.cpu import attention as cpu_attention
 from modellink.ops.cpu import frozen_linear as cpu_frozen_linear
 from modellink.ops.cpu import linear as cpu_linear
+from modellink.ops.cpu import rms_norm as cpu_rms_norm
 from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.cuda import limits as cuda_limits
 from modellink.ops.cuda import pointwise as cuda_pointwise
@@ -120,6 +121,7 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("npu_rms_norm", pointwise.rms_norm, NPU, lambda s: dtype_problem(s.dtype)),
         Form("torch.compile of the formulas", compiled.rms_norm, COMPILING, _compile),
         Form("RMSNorm of liger-kernel", cuda_pointwise.rms_norm, CUDA, _liger_norm),
+        Form("parts of rows in the cache", cpu_rms_norm.rms_norm, CPU, _whole_layer),
         Form("torch rms_norm", rms_norm.torch_rms_norm),
         Form("plain formulas", reference.rms_norm),
     ),

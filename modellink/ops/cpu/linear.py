@@ -4,13 +4,19 @@ torch multiplies fp32 matrices on the CPU with MKL, which uses AVX-512 on proces
 wherever it is there (measured on an AMD EPYC 9004: 110 against 103 GFLOP/s of a core).
 """
 
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from modellink.ops.cpu import workspace
 from modellink.ops.forms import Situation, name_of_dtype
 from modellink.ops.parallel_linear import accumulate_weight_gradient
+
+_LARGEST_KEPT = 1 << 25  # bytes of an output that malloc keeps (modellink/device/cpu.py)
+_LARGEST_PART = 1 << 24  # bytes
+_FEWEST_COLUMNS = 256  # of a part; fewer make a slow product
 
 
 def problem(situation: Situation) -> str | None:
@@ -25,9 +31,21 @@ def problem(situation: Situation) -> str | None:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), weight, bias, "none", [], "")
-    # no view: the loss writes its derivative into its input
-    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])
+    rows, shape = x.flatten(0, -2), [*x.shape[:-1], weight.shape[0]]
+    columns = _LARGEST_PART // (4 * rows.shape[0])
+    if rows.shape[0] * weight.shape[0] * 4 <= _LARGEST_KEPT or columns < _FEWEST_COLUMNS:
+        # no view: the loss writes its derivative into its input
+        return torch.ops.aten._unsafe_view(_onednn(rows, weight, bias), shape)
+    # oneDNN writes to fresh memory alone: parts of it that stay in the process are copied
+    out = workspace.empty(shape)
+    biases = bias.split(columns) if bias is not None else repeat(None)
+    for target, part, its_bias in zip(out.view(len(rows), -1).split(columns, 1), weight.split(columns), biases):
+        target.copy_(_onednn(rows, part, its_bias))
+    return out
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
