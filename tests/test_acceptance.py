@@ -81,3 +81,13 @@ def test_a_part_that_raises_anything(tmp_path: Path) -> None:
     assert row["case"].startswith("the whole part: IsADirectoryError: ")
     assert row["failure"]["exception"] == "IsADirectoryError" and "in train\n" in row["failure"]["traceback"]
     assert table.splitlines()[-1].endswith("FAILED")
+
+
+def test_curves_that_are_left_out_are_rows(tmp_path: Path) -> None:
+    """They need more devices than there are: they are said, nothing is trained, and nothing has failed."""
+    code, report, table = acceptance(tmp_path, "--ranks", "1", "--part", "curve", "--curves", "bf16-pp2", "bf16-tp2-sp")
+    assert code == 0
+    assert [(row["case"], row["verdict"], row["value"]) for row in report["rows"]] == [
+        ("bf16-pp2: left out, it needs 2 devices", "-", None), ("bf16-tp2-sp: left out, it needs 2 devices", "-", None)]
+    assert all(f"{name}: left out, it needs 2 devices" in table for name in ("bf16-pp2", "bf16-tp2-sp"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acceptance.json"]
