@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -68,6 +69,35 @@ def test_something_else_listens_at_the_address(monkeypatch: pytest.MonkeyPatch, 
 def test_nobody_listens_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = problem_of_joining(monkeypatch, 1, MASTER_PORT=str(free_port()))
     assert "got no answer from rank 0 at 127.0.0.1:" in sentence and "(Connection refused): see that node 0" in sentence
+
+
+def test_one_deadline_for_all_of_joining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something listens late, and never speaks: the wait for it is a part of the timeout, and not before it."""
+    monkeypatch.setattr(joining, "MARGIN_SECONDS", 0.5)
+    with socket.socket() as late:
+        late.bind(("127.0.0.1", 0))
+        place = late.getsockname()
+        threading.Timer(1.8, late.listen).start()
+        monkeypatch.setenv("MASTER_ADDR", place[0])
+        monkeypatch.setenv("MASTER_PORT", str(place[1]))
+        start = time.monotonic()
+        with pytest.raises(ConfigError, match="got no answer from rank 0 at 127.0.0.1:[0-9]+ within 3 s"):
+            join(select_device("cpu"), Rank(1, 2, 1, 2), timedelta(seconds=3))
+        # two waits would take 1.8 + 3 s and the margin
+        assert 1.8 < time.monotonic() - start < 4.6
+
+
+def test_what_is_asked_later_has_the_whole_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joining leaves only the rest of its time to torch's store, which later groups are started over."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    join(select_device("cpu"), Rank(0, 1, 0, 1), timedelta(seconds=60))
+    try:
+        assert dist.distributed_c10d._get_default_store().timeout == timedelta(seconds=60)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_address_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,18 @@ import pytest
 import torch
 from test_ops import explicit_attention, leaf
 from torch.nn.functional import cross_entropy, linear, silu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modellink.ops import reference
 from modellink.ops.cpu import attention as cpu_attention
 from modellink.ops.cpu import linear as cpu_linear
 from modellink.ops.cpu import rms_norm as cpu_rms_norm
 from modellink.ops.cpu import workspace
-from modellink.ops.cross_entropy import cpu_cross_entropy, torch_cross_entropy
+from modellink.ops.cross_entropy import cpu_cross_entropy, torch_cross_entropy, vocab_parallel_cross_entropy
 from modellink.ops.embedding import embedding
 from modellink.ops.forms import Choice, Form, Situation, forms_in_use
 from modellink.ops.gradients import multi_tensor_norm, multi_tensor_scale
-from modellink.ops.parallel_linear import torch_accumulate
+from modellink.ops.parallel_linear import accumulate_weight_gradient, torch_accumulate
 from modellink.ops.swiglu import swiglu
 from modellink.ops.table import TABLE, choose
 
@@ -247,6 +248,46 @@ def test_freed_memory_is_kept() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     given_back, *_, kept = (int(word) for word in done.stdout.split()[1:])
     assert given_back > 6000 and kept < given_back / 2
+
+
+class Names(TorchDispatchMode):
+    """The aten operators that run inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_lines_of_a_log_say_what_runs(dtype: torch.dtype) -> None:
+    """Where the derivative of the loss is made, and how a weight gradient is added, by dtype."""
+    choices = choose(Situation("cpu", dtype=dtype))
+    lines = {choice.operation: str(choice) for choice in choices}
+    with forms_in_use(choices, "cpu"):
+        loss = vocab_parallel_cross_entropy(narrow(4, 1, 9, dtype=dtype) * 1, torch.zeros(4, 1, dtype=torch.long), None,
+                                            9)
+        with Names() as names:
+            accumulate_weight_gradient(torch.ones(4, 3, dtype=dtype), torch.ones(4, 5, dtype=dtype), torch.zeros(5, 3))
+    is_beside = "OneRank" in repr(loss.grad_fn)
+    assert is_beside == (dtype != torch.float16)
+    assert lines["cross_entropy"] == ("cross_entropy: chunks of tokens, derivative beside the loss" if is_beside else
+                                      "cross_entropy: chunks of tokens, vocabulary parallel, gradient in place (not "
+                                      "chunks of tokens, derivative beside the loss: float16 needs the loss scale "
+                                      "before it)")
+    is_inside = "aten::addmm_" in names.found
+    assert is_inside == (dtype == torch.float32) and ("aten::mm" in names.found) == (not is_inside)
+    added = "weight_gradient: added to the main gradient {} the product"
+    assert lines["weight_gradient"].startswith(added.format("inside" if is_inside else "behind"))
+
+
+def test_the_line_of_a_split_vocabulary() -> None:
+    lines = [str(choice) for choice in choose(Situation("cpu", tensor=2)) if choice.operation == "cross_entropy"]
+    assert lines == ["cross_entropy: chunks of tokens, vocabulary parallel, gradient in place (not chunks of tokens, "
+                     "derivative beside the loss: the vocabulary is split over tensor parallel ranks)"]
 
 
 def test_what_a_cpu_run_uses() -> None:

@@ -1,10 +1,14 @@
 """--profile: traces of the steps and ranks asked for, whole, and a training that does not notice."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from ladder import read_metrics, run_cases
+from ladder import REPO, read_metrics, run_cases
+from test_training_instruction import write_streams
 from tiny import tiny_config
 
 from modellink.config import ConfigError
@@ -59,6 +63,22 @@ def test_a_trace_shows_operations_of_forward_backward_communication_and_optimize
     assert {"_TiledAttention", "_TiledAttentionBackward", "aten::rms_norm", "aten::_fused_adamw_"} <= names
     assert any("allreduce" in name or "all_reduce" in name for name in names)
     assert any(name.startswith("autograd::engine::evaluate_function") for name in names)
+
+
+def test_a_tuning_is_recorded_too(folder: Path) -> None:
+    """The program itself, on instruction samples: the second and third of three steps."""
+    write_streams(folder / "samples", count=20)
+    words = ["--stage", "sft", "--model", str(folder / "model"), "--data-path", str(folder / "samples"), "--split",
+             "100,0,0", "--seq-length", "32", "--train-iters", "3", "--global-batch-size", "2", "--lr", "1e-3",
+             "--eval-iters", "0", "--device", "cpu", "--profile-dir", str(folder / "tuned"), *RANGE]
+    done = subprocess.run([sys.executable, "posttrain_gpt.py", *words], cwd=REPO, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert files(folder / "tuned") == ["rank_0.steps_2-3.json"]
+    assert f"wrote the trace of steps 2 to 3 of rank 0 to {folder / 'tuned'}" in done.stdout
+    names = trace(folder / "tuned" / "rank_0.steps_2-3.json")
+    backward = "autograd::engine::evaluate_function: _TiledAttentionBackward"
+    assert {"step 2", "step 3", "_TiledAttention", backward, "aten::_fused_adamw_"} <= names and "step 1" not in names
 
 
 def test_a_run_that_ends_within_the_range_writes_what_it_has(folder: Path) -> None:

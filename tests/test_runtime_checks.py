@@ -10,10 +10,16 @@ from checkpoint_folders import make_hf
 from data_helpers import make_tokenizer, random_documents, write_documents
 
 from modellink.checkpoint.convert import main as convert
+from modellink.checks.wishes import wish_notices
 from modellink.config import ConfigError, run_command
 from modellink.config.settings import parse_settings
 from modellink.data.indexed import IndexedWriter
 from modellink.models.run import Run
+from modellink.ops.forms import Situation
+from modellink.ops.npu import attention as npu_attention
+from modellink.ops.parallel_linear import torch_accumulate
+from modellink.ops.table import choose
+from modellink.parallel.dims import ParallelDims
 from modellink.runtime import prepare_run
 
 WORDS = 320
@@ -233,6 +239,27 @@ def test_wishes_that_have_no_effect_are_one_line_each(place: Path) -> None:
     assert run.notices[2].startswith("--sequence-parallel has no effect")
     assert run.notices[3] == "--distributed-backend nccl: cpu uses its own, gloo."
     assert run_program(f"{MOCK} --distributed-backend gloo", place, 1, "train").notices == ()
+
+
+@pytest.mark.parametrize("device, words, said", [
+    ("cpu", "--no-gradient-accumulation-fusion", [
+        "--no-gradient-accumulation-fusion has no effect on cpu: weight gradients are always added"]),
+    # here it is off, as asked
+    ("cpu", "--no-gradient-accumulation-fusion --compile layer", []), ("npu", "--no-gradient-accumulation-fusion", []),
+    ("cpu", "--gradient-accumulation-fusion", []), ("cpu", "", []), ("cpu", "--no-use-flash-attn", []),
+    ("npu", "--no-use-flash-attn --no-use-fused-swiglu", [
+        "--no-use-flash-attn has no effect on npu: attention takes its fused form",
+        "--no-use-fused-swiglu has no effect on npu: SwiGLU takes its fused form"]),
+    ("", "--no-gradient-accumulation-fusion --no-use-flash-attn", [])])
+def test_a_kernel_that_runs_in_any_case_is_not_switched_off_in_silence(device: str, words: str, said: list[str]
+                                                                       ) -> None:
+    lines = wish_notices(parse_settings("t", "t", words.split()), ParallelDims(), device, "")
+    assert [line[:len(start)] for line, start in zip(lines, said, strict=True)] == said
+    # and the table agrees: without the wish the form is there
+    for field, operation in (("gradient_accumulation_fusion", "weight_gradient"), ("use_flash_attn", "attention")):
+        if any(line.startswith("--no-" + field.replace("_", "-")) for line in lines):
+            choice = next(choice for choice in choose(Situation(device)) if choice.operation == operation)
+            assert choice.form.run in (torch_accumulate, npu_attention.attention)
 
 
 def test_the_biggest_token_id_counts_not_the_number_of_words(place: Path, tmp_path: Path,

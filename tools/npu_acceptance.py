@@ -1,27 +1,34 @@
 """Acceptance of an accelerator: `python tools/npu_acceptance.py`, on the machine that has it.
 
 Compares operators with the formulas in fp64, tries collectives, trains a small model in several layouts beside the CPU,
-and measures memory and speed of a preset. Writes OUT/acceptance.json and prints a table; exit code 1 when a row fails
-its limit. A part that breaks is one failed row with its log; the others still run.
+and measures memory and speed of a preset. Writes OUT/acceptance.json after every part and prints a table; exit code 1
+when a row is not within its limit (FAIL) or something broke (FAILED). Every part runs in processes of its own: what
+ends one of them, an exception or a signal, is a row with its exception, traceback and log, and the others still run.
 """
 
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 # an operator without a kernel on the NPU is an error here, and not slow
 os.environ.setdefault("TORCH_NPU_FALLBACK_CPU_DISABLE", "1")
+# the log of a process that a signal ends names the place
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
-from npu_acceptance_worker import Row  # noqa: E402
+from npu_acceptance_rows import Failure, Row, RunFailed  # noqa: E402
 
-from modellink.config.errors import ConfigError, run_command  # noqa: E402
+from modellink.config.errors import run_command  # noqa: E402
 from modellink.config.fields import flag  # noqa: E402
 from modellink.config.files import write_beside  # noqa: E402
 from modellink.config.parser import parse_sections  # noqa: E402
@@ -46,6 +53,9 @@ CURVES: dict[str, tuple[str, int, list[str]]] = {
     "bf16-pp2": ("bf16", 2, ["--pipeline-model-parallel-size", "2"]),
     "bf16-dp2": ("bf16", 2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
 }
+WHOLE = "the whole part"
+# what the launcher says of a failed job
+FIRST_RANK = re.compile(r"^rank \d+ failed first \((.*)\); the end of (.*):$", re.MULTILINE)
 # variables that change what an NPU does, for the report
 SETTINGS = ("ASCEND_", "HCCL_", "PYTORCH_NPU_", "PYTORCH_ALLOC", "TASK_QUEUE_", "TORCH_NPU_", "CUDA_", "NCCL_", "OMP_")
 
@@ -76,29 +86,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = select_device(options.device)
     out.mkdir(parents=True, exist_ok=True)
     ranks = options.ranks if options.ranks is not None else device.count()
-    rows = []
-    parts: dict[str, Callable[[], list[Row]]] = {
-        "operators": lambda: own_worker(options, "operators", 1),
-        "collectives": lambda: own_worker(options, "collectives", ranks) if ranks > 1 else [
-            Row("collectives", "left out: one rank has nobody to talk to", None, "")],
-        "curve": lambda: curve_rows(options, ranks),
-        "speed": lambda: speed_rows(options),
-    }
-    for part, find in parts.items():
+    head = {"device": device.name, "product": device.product_name(), "libraries": device.libraries(),
+            "simulated": options.runner is not None, "host": platform.platform(), "ranks": ranks,
+            "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
+            "options": asdict(options)}
+    rows: list[Row] = []
+    for part, find in PARTS.items():
         if options.part in ("all", part):
-            try:
-                rows += find()
-            except ConfigError as error:
-                print(error, file=sys.stderr, flush=True)
-                rows.append(Row(part, str(error), None, "", 0.0))
-    report = {"device": device.name, "product": device.product_name(), "libraries": device.libraries(),
-              "simulated": options.runner is not None, "host": platform.platform(), "ranks": ranks,
-              "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
-              "options": asdict(options), "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
-    with write_beside(out / "acceptance.json") as path:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    show(rows, f"{device.product_name()}{' (simulated)' if options.runner else ''}")
-    return int(any(row.verdict == "FAIL" for row in rows))
+            rows += rows_of(part, find, options, ranks)
+            report = {**head, "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
+            with write_beside(out / "acceptance.json") as path:
+                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show(rows, f"{head['product']}{' (simulated)' if options.runner else ''}")
+    return int(any(row.verdict in ("FAIL", "FAILED") for row in rows))
+
+
+def rows_of(part: str, find: "Part", options: Options, ranks: int) -> list[Row]:
+    """The rows of a part, which is worked out in another process; its failure is a row."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        job = pool.submit(find, options, ranks)
+        error = job.exception()
+    rows = [Row.broken(part, WHOLE, Failure.of(error))] if error is not None else job.result()
+    for row in rows:
+        if row.failure is not None:
+            print(f"{row.part} {row.case}\n{row.failure.traceback or row.failure.message}", file=sys.stderr, flush=True)
+    return rows
 
 
 def show(rows: list[Row], title: str) -> None:
@@ -110,43 +122,110 @@ def show(rows: list[Row], title: str) -> None:
         print(f"{row.part:<13}{row.case:<{width}}{value:>12}  {row.unit:<15}{limit:>9}  {row.verdict}")
 
 
-def run(options: Options, name: str, words: list[str], ranks: int = 1, *, simulated: bool = True) -> None:
-    """Run a script in processes of its own; its output goes to OUT/NAME.log.
+def run(options: Options, name: str, words: list[str], ranks: int = 1, *, is_reference: bool = False) -> None:
+    """Run a script in processes of its own; its output goes to OUT/NAME.log, with several ranks also to OUT/NAME.ranks.
+
+    Args:
+        is_reference: it computes on this machine's CPU what the device is compared with, and needs no `--runner`.
 
     Raises:
-        ConfigError: it failed.
+        RunFailed: it did not end with exit code 0.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    runner = [options.runner] if options.runner and simulated else []
-    log = Path(options.out) / f"{name}.log"
+    out = Path(options.out).absolute()
+    log = out / f"{name}.log"
+    launcher = ["-m", "modellink.cli", "launch", "--nproc-per-node", str(ranks),
+                "--log-dir", str(out / f"{name}.ranks")] if ranks > 1 else []
+    runner = [options.runner] if options.runner and not is_reference else []
     with open(log, "w", encoding="utf-8") as file:
         code = subprocess.run([sys.executable, *launcher, *runner, *words], cwd=REPO, stdout=file,
                               stderr=subprocess.STDOUT).returncode
     if code != 0:
-        raise ConfigError(f"{name} ended with exit code {code}: read {log}.")
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        for found in FIRST_RANK.finditer(log.read_text(encoding="utf-8", errors="replace")):
+            how, log = found[1], Path(found[2])
+        raise RunFailed(Failure.of_process(how, log))
 
 
 def own_worker(options: Options, part: str, ranks: int) -> list[Row]:
     """The rows of a part that needs the device in its own process, one for each rank."""
     out = Path(options.out).absolute()
-    file = out / f"{part}.json"
-    run(options, part, [str(Path(__file__).with_name("npu_acceptance_worker.py")), "--part", part, "--file", str(file),
-                        "--device", options.device, "--megabytes", str(options.megabytes)], ranks)
-    return [Row(**values) for values in json.loads(file.read_text(encoding="utf-8"))]
+    file = out / f"{part}.jsonl"
+    file.unlink(missing_ok=True)
+    broken: list[Failure] = []
+    try:
+        run(options, part, [str(Path(__file__).with_name("npu_acceptance_worker.py")), "--part", part, "--file",
+                            str(file), "--device", options.device, "--megabytes", str(options.megabytes)], ranks)
+    except RunFailed as error:  # rows that were written before it stay
+        if not file.exists():
+            raise
+        broken = [error.failure]
+    rows = [Row.from_json(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    return rows + [Row.broken(part, "the rest of the part" if rows else WHOLE, failure) for failure in broken]
 
 
-def train(options: Options, name: str, device: str, words: list[str], ranks: int = 1) -> list[dict[str, Any]]:
-    """The metrics of every step of a run."""
+def operator_rows(options: Options, ranks: int) -> list[Row]:
+    """Operators against formulas, on one device."""
+    return own_worker(options, "operators", 1)
+
+
+def collective_rows(options: Options, ranks: int) -> list[Row]:
+    """Collectives and products beside them, on all ranks."""
+    if ranks == 1:
+        return [Row("collectives", "left out: one rank has nobody to talk to", None, "")]
+    return own_worker(options, "collectives", ranks)
+
+
+def train(options: Options, name: str, device: str, words: list[str], ranks: int = 1, *,
+          is_reference: bool = False) -> list[dict[str, Any]]:
+    """The metrics of every step of a run.
+
+    Raises:
+        RunFailed: it failed, or took fewer steps than it should.
+    """
     metrics = (Path(options.out) / f"{name}.jsonl").absolute()
     metrics.unlink(missing_ok=True)
     run(options, name, ["pretrain_gpt.py", "--mock-data", "--train-iters", str(options.steps), "--eval-iters", "0",
-                        "--device", device, "--metrics-file", str(metrics), *words], ranks, simulated=device != "cpu")
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return [record for record in records if record["kind"] == "train"]
+                        "--device", device, "--metrics-file", str(metrics), *words], ranks, is_reference=is_reference)
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    if len(steps) != options.steps:
+        raise RunFailed(Failure("exit code 0", f"after {len(steps)} of {options.steps} steps",
+                                log=str(Path(options.out).absolute() / f"{name}.log")))
+    return steps
 
 
 def curve_rows(options: Options, ranks: int) -> list[Row]:
     """The losses of a small model from the same weights, on the device and on the CPU, by precision and layout."""
+    asked = {name: CURVES[name] for name in options.curves or CURVES if CURVES[name][1] <= ranks}
+    rows = [Row("curve", f"{name}: left out, it needs {CURVES[name][1]} devices", None, "")
+            for name in options.curves or CURVES if name not in asked]
+    if not asked:
+        return rows
+    folder = small_model(options)
+
+    def losses(name: str, flags: list[str], ranks: int = 1, *, is_reference: bool = False) -> list[float]:
+        device = "cpu" if is_reference else options.device
+        words = ["--load", str(folder), "--finetune", "--seq-length", "128", "--micro-batch-size", "2",
+                 "--global-batch-size", "4", "--lr", "1e-3", *flags]
+        label = f"curve-{name}-{'reference' if is_reference else device}"
+        return [record["loss"] for record in train(options, label, device, words, ranks, is_reference=is_reference)]
+
+    precisions = ["fp32", *sorted({precision for precision, _, _ in asked.values()} - {"fp32"})]
+    expected = {precision: losses(precision, PRECISIONS[precision], is_reference=True) for precision in precisions}
+    for name, (precision, count, flags) in asked.items():
+        # roundings move the CPU's own curve by so much, and may move the device's by as much in another direction
+        limit = max(CURVE_LIMIT, ROUNDINGS * largest(expected["fp32"], expected[precision]))
+        try:
+            found = losses(name, [*PRECISIONS[precision], *flags], count)
+            rows.append(Row("curve", f"{options.steps} losses against the CPU, {name}",
+                            largest(expected[precision], found), "difference", limit))
+        except RunFailed as error:
+            rows.append(Row.broken("curve", name, error.failure))
+    return rows
+
+
+def small_model(options: Options) -> Path:
+    """Weights that every curve starts from."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -155,27 +234,7 @@ def curve_rows(options: Options, ranks: int) -> list[Row]:
     # bf16 numbers: every precision starts from the same weights
     Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=False, pad_token_id=None)).bfloat16().save_pretrained(
         folder)
-
-    def losses(name: str, device: str, flags: list[str], ranks: int = 1) -> list[float]:
-        words = ["--load", str(folder), "--finetune", "--seq-length", "128", "--micro-batch-size", "2",
-                 "--global-batch-size", "4", "--lr", "1e-3", *flags]
-        return [record["loss"] for record in train(options, f"curve-{name}-{device}", device, words, ranks)]
-
-    asked = {name: CURVES[name] for name in options.curves or CURVES if CURVES[name][1] <= ranks}
-    precisions = ["fp32", *sorted({precision for precision, _, _ in asked.values()} - {"fp32"})]
-    expected = {precision: losses(precision, "cpu", PRECISIONS[precision]) for precision in precisions if asked}
-    rows = [Row("curve", f"{name}: left out, it needs {CURVES[name][1]} devices", None, "")
-            for name in options.curves or CURVES if name not in asked]
-    for name, (precision, count, flags) in asked.items():
-        # roundings move the CPU's own curve by so much, and may move the device's by as much in another direction
-        limit = max(CURVE_LIMIT, ROUNDINGS * largest(expected["fp32"], expected[precision]))
-        try:
-            found = losses(name, options.device, [*PRECISIONS[precision], *flags], count)
-            rows.append(Row("curve", f"{options.steps} losses against the CPU, {name}",
-                            largest(expected[precision], found), "difference", limit))
-        except ConfigError as error:
-            rows.append(Row("curve", str(error), None, "", limit))
-    return rows
+    return folder
 
 
 def largest(left: list[float], right: list[float]) -> float:
@@ -183,7 +242,7 @@ def largest(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) if a == a and b == b else float("inf") for a, b in zip(left, right, strict=True))
 
 
-def speed_rows(options: Options) -> list[Row]:
+def speed_rows(options: Options, ranks: int) -> list[Row]:
     """Memory against the planner, tokens/s and MFU of a preset on one accelerator, bf16."""
     from modellink.config.settings import parse_settings
     from modellink.planner.plan import Plan
@@ -204,6 +263,10 @@ def speed_rows(options: Options) -> list[Row]:
                 MEMORY_LIMIT if planned >= MEMORY_JUDGED_GIB else None),
             Row("speed", f"{name}: speed", speed, "tokens/s"), Row("speed", f"{name}: MFU", mfu, "of the peak rate")]
 
+
+Part = Callable[[Options, int], list[Row]]
+PARTS: dict[str, Part] = {"operators": operator_rows, "collectives": collective_rows, "curve": curve_rows,
+                          "speed": speed_rows}
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

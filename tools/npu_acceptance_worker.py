@@ -1,7 +1,7 @@
 """The parts of npu_acceptance.py that need the device in their own process: operators and collectives.
 
-`python npu_acceptance_worker.py --part operators --file ROWS.json --device npu`, collectives under torchrun; rank 0
-writes ROWS.json, a list of rows.
+`python npu_acceptance_worker.py --part operators --file ROWS.jsonl --device npu`, collectives under a launcher; rank 0
+writes ROWS.jsonl, a row as soon as it is known, so that those before a break are kept.
 """
 
 import json
@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
-from modellink.config.errors import run_command  # noqa: E402
+from npu_acceptance_rows import Failure, Row  # noqa: E402
+
+from modellink.config.errors import ConfigError, run_command  # noqa: E402
 from modellink.config.fields import flag  # noqa: E402
-from modellink.config.files import write_beside  # noqa: E402
 from modellink.config.parser import parse_sections  # noqa: E402
+from modellink.parallel.rank import Rank  # noqa: E402
 
 # largest difference over the largest expected value; some roundings of a dtype, not a vendor's promise
 OPERATOR_LIMITS = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
@@ -30,69 +31,60 @@ class Options:
     """One part of the acceptance."""
 
     part: str = flag("operators", "what to compare", choices=["operators", "collectives"])
-    file: str = flag("rows.json", "where the rows go")
+    file: str = flag("rows.jsonl", "where the rows go")
     device: str = flag("npu", "device to look at", choices=["npu", "cuda", "cpu"])
     megabytes: int = flag(64, "size of the tensor whose collectives are timed")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One result; it passes when `value` does not exceed `limit`, and a row without a limit only reports."""
-
-    part: str
-    case: str
-    value: float | None
-    unit: str
-    limit: float | None = None
-
-    @property
-    def verdict(self) -> str:
-        if self.limit is None:
-            return "-"
-        return "pass" if self.value is not None and self.value <= self.limit else "FAIL"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the part and write its rows."""
     (options,), _ = parse_sections("npu_acceptance_worker.py", "A part of npu_acceptance.py.", (Options,), argv)
     rows = {"operators": operator_rows, "collectives": collective_rows}[options.part](options)
-    if rows is not None:
-        with write_beside(Path(options.file)) as path:
-            path.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+    path = options.file if Rank.from_environment().rank == 0 else os.devnull
+    with open(path, "w", encoding="utf-8", buffering=1) as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row)) + "\n")
     return 0
 
 
-def operator_rows(options: Options) -> list[Row]:
+def operator_rows(options: Options) -> Iterator[Row]:
     """Values and gradients of every operation in the form the device gets, against the formulas in fp64."""
-    import torch
-
     from modellink.device.select import select_device
     from modellink.ops.forms import DTYPES, Situation, use_forms
     from modellink.ops.table import choose
 
     device = select_device(options.device)
     place = device.set_current(0)
-    rows = []
     for precision, limit in OPERATOR_LIMITS.items():
-        dtype = DTYPES[precision]
-        choices = choose(Situation(device.name, device.product_name(), dtype,
+        choices = choose(Situation(device.name, device.product_name(), DTYPES[precision],
                                    wishes=frozenset({"gradient_accumulation_fusion"})))
         use_forms(choices, place.type)
         forms = {choice.operation: choice.form.name for choice in choices}
         for case in operator_cases():
-            rounded = [tensor.to(dtype if kept is None else kept)
-                       for tensor, kept in zip(case.inputs, case.dtypes, strict=True)]
-            near = [tensor.to(place).requires_grad_(case.differentiable) for tensor in rounded]
-            far = [tensor.double().requires_grad_(case.differentiable) for tensor in rounded]
-            got, expected = case.ours(*near), case.theirs(*far)
-            pairs = [(got, expected)]
-            if case.differentiable:
-                weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9)).to(got.dtype)
-                pairs += list(zip(torch.autograd.grad((got * weight.to(place)).sum(), near),
-                                  torch.autograd.grad((expected * weight.double()).sum(), far), strict=True))
-            rows.append(Row("operators", f"{case.operation} {case.name} {precision}: "
-                            f"{forms[case.operation].split(' (')[0]}", difference(pairs), "of the largest", limit))
-    return rows
+            name = f"{case.operation} {case.name} {precision}: {forms[case.operation].split(' (')[0]}"
+            print(name, flush=True)  # a kernel may take the process with it: then the log ends here
+            try:
+                row = Row("operators", name, compare(case, DTYPES[precision], place), "of the largest", limit)
+            # a kernel that refuses, that this library does not have, or that our own limits rule out
+            except (RuntimeError, AttributeError, ConfigError) as error:
+                row = Row.broken("operators", name, Failure.of(error))
+            yield row
+
+
+def compare(case: "Case", dtype: Any, place: Any) -> float:
+    """The difference of values, and of gradients where there are any."""
+    import torch
+
+    rounded = [tensor.to(kept or dtype) for tensor, kept in zip(case.inputs, case.dtypes, strict=True)]
+    near = [tensor.to(place).requires_grad_(case.differentiable) for tensor in rounded]
+    far = [tensor.double().requires_grad_(case.differentiable) for tensor in rounded]
+    got, expected = case.ours(*near), case.theirs(*far)
+    pairs = [(got, expected)]
+    if case.differentiable:
+        weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9)).to(got.dtype)
+        pairs += list(zip(torch.autograd.grad((got * weight.to(place)).sum(), near),
+                          torch.autograd.grad((expected * weight.double()).sum(), far), strict=True))
+    return difference(pairs)
 
 
 def difference(pairs: list[tuple[Any, Any]]) -> float:
@@ -200,14 +192,14 @@ def operator_cases() -> Iterator[Case]:
                    [draw(2, 8, queries, 128), *rows[1:]], differentiable=False)
 
 
-def collective_rows(options: Options) -> list[Row] | None:
-    """Every collective that training uses: right numbers, and the speed of a large one. Rows on rank 0."""
+def collective_rows(options: Options) -> Iterator[Row]:
+    """Every collective that training uses: right numbers, and the speed of a large one."""
     import torch
     import torch.distributed as dist
 
     from modellink.device.select import select_device
     from modellink.parallel.dims import ParallelDims
-    from modellink.parallel.groups import Rank, start_groups, stop_groups
+    from modellink.parallel.groups import start_groups, stop_groups
     from modellink.start import prepare_core
 
     device = select_device(options.device)
@@ -236,8 +228,8 @@ def collective_rows(options: Options) -> list[Row] | None:
         "broadcast": (lambda: dist.broadcast(told, 0), told, 1.0),
         "ring of messages": (exchange, got, before),
     }
-    rows = []
     for name, (call, result, expected) in cases.items():
+        print(name, flush=True)
         call()
         error = (result.cpu() - expected).abs().max().to(place)
         dist.all_reduce(error, dist.ReduceOp.MAX)
@@ -247,15 +239,14 @@ def collective_rows(options: Options) -> list[Row] | None:
             call()
         device.synchronize()
         seconds = (time.perf_counter() - begin) / REPEATS
-        rows.append(Row("collectives", f"{name}, {size} ranks", float(error), "difference", 0.0))
-        rows.append(Row("collectives", f"{name}, {size} ranks, {options.megabytes} MiB each",
-                        count * 4 / seconds / 1e9, "GB/s a rank"))
-    rows += linear_rows(device, size, rank)
+        yield Row("collectives", f"{name}, {size} ranks", float(error), "difference", 0.0)
+        yield Row("collectives", f"{name}, {size} ranks, {options.megabytes} MiB each", count * 4 / seconds / 1e9,
+                  "GB/s a rank")
+    yield from linear_rows(device, size, rank)
     stop_groups()
-    return rows if rank == 0 else None
 
 
-def linear_rows(device: Any, size: int, rank: int) -> list[Row]:
+def linear_rows(device: Any, size: int, rank: int) -> Iterator[Row]:
     """MC2: products with their communication, values and gradients, where the forms of this device have them."""
     import torch
     import torch.distributed as dist
@@ -264,7 +255,7 @@ def linear_rows(device: Any, size: int, rank: int) -> list[Row]:
     from modellink.ops.forms import DTYPES, Situation, use_forms
     from modellink.ops.table import choose
 
-    rows, length, width = [], 32 * size, 256 * size
+    length, width = 32 * size, 256 * size
     for precision in ("bf16", "fp16"):
         dtype = DTYPES[precision]
         choices = choose(Situation(device.name, device.product_name(), dtype, widths=(width // size, width),
@@ -273,8 +264,9 @@ def linear_rows(device: Any, size: int, rank: int) -> list[Row]:
         for kind, in_dim, weight_dim, out_dim in (("column_linear", 0, 0, 2), ("row_linear", 2, 1, 0)):
             choice = next(choice for choice in choices if choice.operation == kind)
             if choice.form.run is None:
-                rows.append(Row("collectives", f"{kind} {precision}: {choice.passed[0][1]}", None, ""))
+                yield Row("collectives", f"{kind} {precision}: {choice.passed[0][1]}", None, "")
                 continue
+            print(kind, precision, flush=True)
             generator = torch.Generator().manual_seed(4)
             whole = [torch.randn(*shape, generator=generator).to(dtype) for shape in (
                 (length, 2, width), (width, width), (length, 2, width))]
@@ -290,9 +282,8 @@ def linear_rows(device: Any, size: int, rank: int) -> list[Row]:
             error = torch.tensor(difference([(a, b.chunk(size, dim)[rank]) for a, b, dim in parts]),
                                  device=device.current())
             dist.all_reduce(error, dist.ReduceOp.MAX)
-            rows.append(Row("collectives", f"{kind} {precision}, {size} ranks: {choice.form.name}", float(error),
-                            "of the largest", OPERATOR_LIMITS[precision]))
-    return rows
+            yield Row("collectives", f"{kind} {precision}, {size} ranks: {choice.form.name}", float(error),
+                      "of the largest", OPERATOR_LIMITS[precision])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ KERNELS: dict[str, tuple[frozenset[str], str]] = {
     "masked_softmax_fusion": (frozenset(), "attention that never holds the scores"),
     "gradient_accumulation_fusion": (frozenset({"cpu", "cuda", "npu"}), "a separate addition to the fp32 gradient"),
 }
+# operations that take their fused form on cuda and npu without being asked
+UNASKED = {"use_flash_attn": "attention", "use_fused_rmsnorm": "RMSNorm",
+           "use_fused_rotary_pos_emb": "rotary embedding", "use_fused_swiglu": "SwiGLU"}
 # on cuda these come from liger-kernel; torch has a fused RMSNorm and flash attention of its own
 OF_LIGER = ("use_fused_rotary_pos_emb", "use_fused_swiglu")
 # booleans that this program always has on: section, field, what it always does
@@ -42,6 +45,16 @@ def _instead(fields: list[str], device: str, reason: Callable[[], str | None] = 
     flags = ", ".join("--" + field.replace("_", "-") for field in fields)
     return [f"{flags}: not available on {device}{f' ({why})' if why else ''}; used instead: "
             f"{'; '.join(KERNELS[field][1] for field in fields)}."]
+
+
+def _cannot_be_off(settings: Settings, device: str) -> dict[str, str]:
+    """Kernels that run whether they are wished for or not: field, what always happens."""
+    if device == "cpu":
+        if settings.device.compile == "layer":  # the only way to be without it there
+            return {}
+        return {"gradient_accumulation_fusion": "weight gradients are always added to the fp32 gradient as they are "
+                                                "computed, which saves memory"}
+    return {field: f"{what} takes its fused form wherever that can compute the run" for field, what in UNASKED.items()}
 
 
 def _no_graphs(settings: Settings, dims: ParallelDims, device: str) -> str:
@@ -74,6 +87,10 @@ def wish_notices(settings: Settings, dims: ParallelDims, device: str, backend: s
         notices += _instead(unmet, device)
     if device == "cuda" and backend:  # without a backend the run is elsewhere, and its packages are not known
         notices += _instead([field for field in wishes if field in OF_LIGER], device, _liger_missing)
+    if device:
+        notices += [f"--no-{field.replace('_', '-')} has no effect on {device}: {truth}."
+                    for field, truth in _cannot_be_off(settings, device).items()
+                    if field in settings.given and field not in wishes]
     off = [(field, truth) for section, field, truth in ALWAYS if not getattr(getattr(settings, section), field)]
     notices += [f"--no-{field.replace('_', '-')} has no effect: {truth}." for field, truth in off]
     if settings.parallel.sequence_parallel and dims.tensor == 1:

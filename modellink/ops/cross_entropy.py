@@ -124,13 +124,21 @@ def torch_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup
     return _VocabParallelCrossEntropy.apply(logits, target, group, real_rows)
 
 
+def one_rank_problem(dtype: torch.dtype, *, is_split: bool) -> str | None:
+    """Why the derivative cannot be left beside the loss, or None; `is_split`: over tensor parallel ranks."""
+    if is_split:
+        return "the vocabulary is split over tensor parallel ranks"
+    # its small probabilities live only after the loss scale, which the backward brings
+    return "float16 needs the loss scale before it" if dtype == torch.float16 else None
+
+
 def cpu_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, real_rows: int) -> Tensor:
     """The form for the CPU, where passes over memory are what it costs.
 
-    The loss is the same to the last bit without a gradient: a preference compares it with that of a frozen model. fp16
-    keeps the portable form: small probabilities live only after the loss scale, which the backward brings.
+    The loss is the same to the last bit without a gradient: a preference compares it with that of a frozen model.
+    Where `one_rank_problem` says why not, it is the portable form.
     """
-    if group is not None or logits.dtype == torch.float16:
+    if one_rank_problem(logits.dtype, is_split=group is not None):
         return torch_cross_entropy(logits, target, group, real_rows)
     # inside the function grad mode is always off
     is_learning = torch.is_grad_enabled() and logits.requires_grad

@@ -18,12 +18,27 @@ class _Embedding(torch.autograd.Function):
         return torch_embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
         ids, weight = ctx.saved_tensors
         weight.main_grad.index_add_(0, ids.flatten(), grads[0].flatten(0, -2).to(weight.main_grad.dtype))
         weight.grad_added_to_main_grad = True
-        # autograd wants one; with tied weights it is added to that of the head
-        return None, (torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like)(weight)
+        # the hooks of data parallelism want one, and nobody reads it
+        return None, None if getattr(weight, "head_gives_gradient", False) else torch.empty_like(weight)
+
+
+def leave_gradient_to_head(weight: Any) -> None:
+    """For a table that is also the head of its stage, and whose look-ups all go through `embedding`.
+
+    megatron-core marks it (`zero_out_wgrad`): autograd adds up what head and embedding hand it, and the sum goes to the
+    main gradient, so that a head which has added its own hands a table of zeros. Here both add their own: the embedding
+    hands none, and what the head hands is all that the hooks see, after both, and may be an empty table that nobody
+    reads.
+
+    Args:
+        weight: [rows, hidden], a parameter with a main gradient.
+    """
+    if getattr(weight, "zero_out_wgrad", False):
+        weight.zero_out_wgrad, weight.head_gives_gradient = False, True
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

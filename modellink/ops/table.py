@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 
+import torch
+
 from modellink.ops import (
     adamw,
     attention,
@@ -107,6 +109,12 @@ def _accumulates(situation: Situation) -> str | None:
     return None
 
 
+def _inside_product(situation: Situation) -> str | None:
+    if situation.dtype != torch.float32:
+        return f"the product is in {name_of_dtype(situation.dtype)} and the main gradient in float32"
+    return _accumulates(situation)
+
+
 def _grouped(situation: Situation) -> str | None:
     if "950" not in situation.product:
         return f"documented for Ascend950 and not for {situation.product or 'this product'}"
@@ -165,8 +173,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("plain formulas", reference.frozen_linear),
     ),
     "cross_entropy": (
-        Form("chunks of tokens, derivative beside the loss (vocabulary parallel: gradient in place)",
-             cross_entropy.cpu_cross_entropy, CPU),
+        Form("chunks of tokens, derivative beside the loss", cross_entropy.cpu_cross_entropy, CPU,
+             lambda s: cross_entropy.one_rank_problem(s.dtype, is_split=s.tensor > 1)),
         Form("chunks of tokens, vocabulary parallel, gradient in place", cross_entropy.torch_cross_entropy),
         Form("plain formulas", reference.vocab_parallel_cross_entropy),
     ),
@@ -177,6 +185,7 @@ TABLE: dict[str, tuple[Form, ...]] = {
     "weight_gradient": (
         Form("npu_matmul_add_fp32 of mindspeed", npu_linear.accumulate_mindspeed, NPU, _mindspeed),
         Form("npu_grouped_matmul_add_", npu_linear.accumulate_grouped, NPU, _grouped),
+        Form("added to the main gradient inside the product", parallel_linear.torch_accumulate, (), _inside_product),
         Form("added to the main gradient behind the product", parallel_linear.torch_accumulate, (), _accumulates),
         Form("a gradient of its own, added by megatron-core", None),
         Form("plain formulas", reference.accumulate_weight_gradient),

@@ -18,6 +18,7 @@ from modellink.device.network import interface_problem
 from modellink.parallel.rank import Rank
 
 RESOLVE_SECONDS = 30.0  # a name service may learn of a new machine a little later
+LEAST_SECONDS = 1.0  # to speak with a rank 0 that came at the last moment; 0 is no limit for torch
 MARGIN_SECONDS = 10.0  # torch itself takes somewhat longer than its timeout
 SAME_FLAGS = "the same --nnodes, --nproc-per-node, --master-addr and --master-port on every node"
 
@@ -54,7 +55,8 @@ def join(device: Device, rank: Rank, timeout: timedelta) -> None:
         timeout: for the start and for every later collective.
 
     Raises:
-        ConfigError: the ranks do not find each other or the backend does not start, within about the timeout.
+        ConfigError: the ranks do not find each other within about the timeout, or the backend then does not start,
+            which takes it no longer than a collective may.
     """
     for backend in (device.backend, "gloo"):  # megatron-core keeps groups of gloo beside those of the device
         problem = interface_problem(backend)
@@ -90,35 +92,44 @@ def first_words(error: Exception) -> str:
 
 def _meet(rank: Rank, timeout: timedelta) -> dist.Store:
     """The store through which all ranks of the job find each other."""
-    place = _check_address(rank, timeout)
     seconds = timeout.total_seconds()
+    end = time.monotonic() + seconds  # of the name's look-up, of rank 0's port and of the meeting together
+    place = _check_address(rank, end)
     if rank.rank > 0:
-        _reach(rank, place, seconds)
+        _reach(rank, place, end, seconds)
+    left = max(LEAST_SECONDS, end - time.monotonic())
     found: list[Any] = []
 
     def ask() -> None:
         try:
-            found.append(next(rendezvous("env://", rank.rank, rank.world_size, timeout=timeout))[0])
+            store = next(rendezvous("env://", rank.rank, rank.world_size, timeout=timedelta(seconds=left)))[0]
+            store.set_timeout(timeout)  # of what is asked of it from now on
+            found.append(store)
         except (RuntimeError, ValueError, OSError) as error:  # a thread has nobody else to tell
             found.append(error)
 
     # torch waits without end for an answer of whatever else listens there, so the wait is our own
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(seconds + MARGIN_SECONDS)
+    thread.join(left + MARGIN_SECONDS)
     result = found[0] if found else None
     if result is None or isinstance(result, Exception):
         raise ConfigError(_meeting_problem(rank, place, seconds, result)) from result
     return result
 
 
-def _check_address(rank: Rank, timeout: timedelta) -> str:
-    """`MASTER_ADDR:MASTER_PORT` of the environment, after checking that it can be asked for."""
+def _check_address(rank: Rank, end: float) -> str:
+    """`MASTER_ADDR:MASTER_PORT` of the environment, after checking that it can be asked for.
+
+    Args:
+        rank: this process.
+        end: when to give up, on the monotonic clock.
+    """
     address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "")
     if not port.isdigit() or not 1 <= int(port) <= 65535:
         raise ConfigError(f"MASTER_PORT={port} in the environment must be a port from 1 to 65535; give --master-port, "
                           "or start the ranks with modellink launch or torchrun.")
-    end = time.monotonic() + min(RESOLVE_SECONDS, timeout.total_seconds())
+    end = min(end, time.monotonic() + RESOLVE_SECONDS)
     while True:
         try:
             socket.getaddrinfo(address, int(port))
@@ -130,10 +141,16 @@ def _check_address(rank: Rank, timeout: timedelta) -> str:
         time.sleep(1.0)
 
 
-def _reach(rank: Rank, place: str, seconds: float) -> None:
-    """Wait until something listens where rank 0 should; torch would fill the log with its own stack meanwhile."""
+def _reach(rank: Rank, place: str, end: float, seconds: float) -> None:
+    """Wait until something listens where rank 0 should; torch would fill the log with its own stack meanwhile.
+
+    Args:
+        rank: this process.
+        place: of rank 0.
+        end: when to give up, on the monotonic clock.
+        seconds: the timeout, for the sentence.
+    """
     address, _, port = place.rpartition(":")
-    end = time.monotonic() + seconds
     while True:
         try:
             socket.create_connection((address, int(port)), max(0.1, min(5.0, end - time.monotonic()))).close()

@@ -12,9 +12,11 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from modellink.models.run import Run
+from modellink.ops.embedding import embedding, leave_gradient_to_head
 from modellink.ops.forms import DTYPES
 from modellink.ops.parallel_linear import accumulates_weight_gradients
 from modellink.training.batches import BatchSizes
@@ -55,6 +57,10 @@ def _accumulate_weight_gradients(chunk: DistributedDataParallel) -> None:
         for module in chunk.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 module.gradient_accumulation_fusion = True
+            # deterministic look-ups, and those of other devices, have a gradient that is added to the head's
+            elif (isinstance(module, VocabParallelEmbedding) and layers.F.embedding is embedding
+                  and not module.deterministic_mode):
+                leave_gradient_to_head(module.weight)
 
 
 def build_optimizer(run: Run, config: Any, chunks: list[DistributedDataParallel]) -> Any:

@@ -1,0 +1,43 @@
+"""A `--runner` of tools/npu_acceptance.py under which things break: `python breaking_runner.py SCRIPT ARGUMENTS...`.
+
+Attention over a cache raises what a kernel would, a signal ends the collectives, the training of the speed part raises,
+and that of a loss curve ends well without having trained.
+"""
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from modellink.ops import attention
+
+
+def refuse(*tensors: Any) -> Any:
+    raise RuntimeError("no kernel\nfor these shapes")
+
+
+def train() -> None:
+    try:
+        {}["step"]
+    except KeyError as error:
+        raise RuntimeError("out of memory: 2 GiB\nare missing") from error
+
+
+def main() -> None:
+    script, *arguments = sys.argv[1:]
+    if Path(script).name == "pretrain_gpt.py":
+        if "speed.jsonl" in " ".join(arguments):
+            train()
+        return
+    if "collectives" in arguments and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    attention.attend_rows = refuse
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
