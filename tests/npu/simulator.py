@@ -130,6 +130,21 @@ class CpuKernels(TorchDispatchMode):
         return tree_map(lift, func(*tree_map(lower, args), **tree_map(lower, kwargs)))
 
 
+class Handle:
+    """A handle on one call, which the group counts as under way until somebody waits for it."""
+
+    def __init__(self, work: Any, group: "GlooForNpu"):
+        self.work, self.group = work, group
+        group.awaited.add(self)
+
+    def wait(self, *timeout: Any) -> bool:
+        self.group.awaited.discard(self)
+        return self.work.wait(*timeout)
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
+
+
 class Several:
     """A handle on the work of several calls."""
 
@@ -150,11 +165,13 @@ class GlooForNpu(dist.ProcessGroup):
 
     Attributes:
         options: the `pg_options` it was made with, as torch_npu's own group keeps them.
+        awaited: the calls that nobody has waited for yet.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Any):
         super().__init__(rank, size)
         self.options = options
+        self.awaited: set[Handle] = set()
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
         self._under_way: list[tuple[Any, Any]] = []
 
@@ -185,7 +202,7 @@ class GlooForNpu(dist.ProcessGroup):
         work = getattr(self.gloo, method)(*(value for value in lowered if value is not None))
         self._under_way = [pair for pair in self._under_way if not pair[0].is_completed()]
         self._under_way.append((work, arguments))
-        return work
+        return Handle(work, self)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         return self._run("allreduce", tensors, opts)

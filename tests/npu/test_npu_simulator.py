@@ -12,6 +12,8 @@ import torch.distributed as dist  # noqa: E402
 import torch_npu  # noqa: E402
 from simulator import simulated_npu  # noqa: E402
 
+from modellink.ops.npu.parallel_linear import communicator  # noqa: E402
+
 Case = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -68,5 +70,20 @@ def test_collectives_take_npu_tensors_and_objects(pair: tuple[torch.Tensor, torc
         dist.all_gather_object(found, "words")
         dist.broadcast_object_list(found)
         assert found == ["words"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_mc2_does_not_start_beside_a_collective_of_its_group(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Both would use one communicator on two streams; with one rank alone the operator has another objection."""
+    npu, _ = pair
+    dist.init_process_group("hccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        name = communicator(dist.group.WORLD)
+        work = dist.all_reduce(npu, async_op=True)
+        for objection in ("under way", "factors"):
+            with pytest.raises(RuntimeError, match=objection):
+                torch_npu.npu_mm_reduce_scatter_base(npu, npu.t(), name, 1, reduce_op="sum")
+            work.wait()
     finally:
         dist.destroy_process_group()

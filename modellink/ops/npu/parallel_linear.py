@@ -1,7 +1,8 @@
 """MC2: tensor parallel products that overlap their communication, and the weight gradient added inside its product.
 
 The operators have no autograd; these functions are the derivatives of column and row parallel layers under sequence
-parallelism. A gather in one direction is a reduce-scatter in the other.
+parallelism. A gather in one direction is a reduce-scatter in the other. An operator of MC2 works on the communicator of
+the group, so none starts while another collective of the group is under way.
 """
 
 import importlib
@@ -39,26 +40,32 @@ def scattered_product(x: Tensor, matrix: Tensor, name: str, ranks: int) -> Tenso
 
 
 class ColumnLinear(torch.autograd.Function):
-    """y = X w' with X = all x. X is not kept, that would undo sequence parallelism: the backward gathers it again."""
+    """y = X w' with X = all x. X is not kept, that would undo sequence parallelism: the backward gathers it again.
+
+    It does so beside a plain product, and sums the result beside another one: an operator of MC2 has no place between
+    two collectives that are under way.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, name: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.group, ctx.name = group, name
+        ctx.group = group
         return gathered_product(x, weight.t(), name, group.size())[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        (grad,) = grads
-        grad_weight = None
+        grad, grad_weight = grads[0].contiguous(), None
         if ctx.needs_input_grad[1]:
             whole = x.new_empty(grad.shape[0], *x.shape[1:])
-            work = dist.all_gather_into_tensor(whole, x.contiguous(), group=ctx.group, async_op=True)
-        grad_x = scattered_product(grad, weight, ctx.name, ctx.group.size())
+            gather = dist.all_gather_into_tensor(whole, x.contiguous(), group=ctx.group, async_op=True)
+        product, grad_x = grad @ weight, torch.empty_like(x, memory_format=torch.contiguous_format)
         if ctx.needs_input_grad[1]:
-            work.wait()
+            gather.wait()
+        scatter = dist.reduce_scatter_tensor(grad_x, product, group=ctx.group, async_op=True)
+        if ctx.needs_input_grad[1]:
             grad_weight = grad.flatten(0, 1).t() @ whole.flatten(0, 1)
+        scatter.wait()
         return grad_x, grad_weight, None, None
 
 
@@ -75,7 +82,9 @@ class RowLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         grad_x, whole = gathered_product(grads[0], weight, ctx.name, ctx.group.size())
-        grad_weight = whole.flatten(0, 1).t() @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = whole.flatten(0, 1).t() @ x.flatten(0, 1)
         return grad_x, grad_weight, None, None
 
 
