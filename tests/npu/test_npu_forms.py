@@ -128,6 +128,9 @@ def test_the_operators_ran_under_our_own_nodes(folder: Path) -> None:
     for record in (one, *two):
         assert record["calls"]["npu::npu_grouped_matmul_add_"] > 0 and record["calls"]["mindspeed"] > 0
     for record in two:
+        # weights of 2 layers and of the head: both microbatches of mc2-grouped, and the one that a replica has
+        assert record["calls"]["npu::npu_grouped_matmul_add_"] == (2 * 4 + 1) * (2 + 1) * STEPS
+    for record in two:
         # in each of 2 layers two column layers forward and two row layers backward, or two row layers forward, in both
         # microbatches of three runs
         runs = [name for name in WHOLE | HALF if "mc2" in name]
