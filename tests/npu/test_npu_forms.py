@@ -1,6 +1,6 @@
 """MC2, weight gradients added inside their product, and half precision on the simulated NPU, against the cpu device."""
 
-from npu_environment import WORKER, require_simulation
+from npu_environment import WORKER, operators_of, require_simulation, without_kernel
 
 require_simulation()
 
@@ -137,3 +137,11 @@ def test_the_operators_ran_under_our_own_nodes(folder: Path) -> None:
         for operator, products in (("npu::npu_all_gather_base_mm", 2 + 2), ("npu::npu_mm_reduce_scatter_base", 2)):
             assert record["calls"][operator] == 2 * products * 2 * STEPS * len(runs)
         assert {"ColumnLinearBackward", "RowLinearBackward"} <= set(record["nodes"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_torch_npu_has_a_kernel_for_every_operator(world: int, folder: Path) -> None:
+    """Also for MC2, for weight gradients added by an operator, and for the loss scale of fp16."""
+    ran = operators_of(folder, world)
+    assert {"aten::_fused_adamw_", "aten::_amp_foreach_non_finite_check_and_unscale_"} <= ran
+    assert without_kernel(ran) == set()
