@@ -10,7 +10,7 @@ NPU_STAMP := $(NPU_VENV)/.installed
 TRITON_VENV := .venv-triton
 TRITON_STAMP := $(TRITON_VENV)/.installed
 
-.PHONY: quickstart demo-sft test test-all test-npu test-triton needs-gcc lint docs clean
+.PHONY: quickstart demo-sft test test-all test-npu npu-venv test-triton needs-gcc lint docs clean
 
 # the whole job on real text, on this machine, in about three minutes
 quickstart: $(STAMP)
@@ -35,6 +35,9 @@ test-npu: needs-gcc $(NPU_STAMP)
 	LD_LIBRARY_PATH=$(CURDIR)/$(NPU_VENV)/stubs PYTHONPATH=$(CURDIR) TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 		TASK_QUEUE_ENABLE=0 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
 		$(NPU_VENV)/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile tests/npu
+
+# what test-npu makes first: downloads, and stub libraries
+npu-venv: needs-gcc $(NPU_STAMP)
 
 needs-gcc:
 	@command -v gcc > /dev/null || { echo "make test-npu compiles stub CANN libraries: install gcc first."; exit 1; }

@@ -234,9 +234,11 @@ def grouped_matmul_add_(total: Tensor, x: Tensor, weight: Tensor, group_list: Te
 
 
 def _mc2(x: Tensor, x2: Tensor, hcom: str, ranks: int) -> dist.ProcessGroup:
+    group = COMMUNICATORS[hcom]
+    # it works on the communicator beside the stream of the group's other collectives
+    _need(not getattr(group, "awaited", ()), "no other collective of the group is under way")
     _need(x.dim() == 2 and x.is_contiguous() and x2.dim() == 2 and x.dtype == x2.dtype and x.dtype in HALF, "factors")
     _need(256 <= x.shape[1] < 65535 and ranks in (2, 4, 8), "reduced dimension and ranks")
-    group = COMMUNICATORS[hcom]
     _need(group.size() == ranks, "the communicator's size")
     return group
 

@@ -25,8 +25,9 @@ def own(whole: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
     return whole.chunk(RANKS, dim)[rank].clone().requires_grad_()
 
 
-def linears(rank: int, dtype: torch.dtype, column: Any, row: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(got, expected) of values and gradients of both layers on one rank."""
+def linears(rank: int, dtype: torch.dtype, column: Any, row: Any, accumulate: bool = False
+            ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(got, expected) of values and gradients of both layers on one rank; main gradients of weights start at 1."""
     group, found = dist.group.WORLD, {}
     for kind, function in (("column", column), ("row", row)):
         x = tensor(LENGTH, BATCH, INNER, seed=1, dtype=dtype)
@@ -37,12 +38,16 @@ def linears(rank: int, dtype: torch.dtype, column: Any, row: Any) -> dict[str, t
         assert whole_x.grad is not None and whole_weight.grad is not None
         in_dim, weight_dim, out_dim = (0, 0, 2) if kind == "column" else (2, 1, 0)
         own_x, own_weight = own(x, rank, in_dim), own(weight, rank, weight_dim)
-        out = function(own_x, own_weight, group)
+        main: Any = own_weight
+        main.main_grad = torch.ones_like(weight.chunk(RANKS, weight_dim)[rank])
+        out = function(own_x, own_weight, group, accumulate)
         out.backward(slope.chunk(RANKS, out_dim)[rank])
         expected = torch.nn.functional.linear(whole_x, whole_weight).chunk(RANKS, out_dim)[rank]
         found[f"{kind} value"] = out, expected
         found[f"{kind} input"] = own_x.grad, whole_x.grad.chunk(RANKS, in_dim)[rank]
-        found[f"{kind} weight"] = own_weight.grad, whole_weight.grad.chunk(RANKS, weight_dim)[rank]
+        assert hasattr(main, "grad_added_to_main_grad") == accumulate
+        got = main.main_grad - 1 if accumulate else main.grad
+        found[f"{kind} weight"] = got, whole_weight.grad.chunk(RANKS, weight_dim)[rank]
     return found
 
 
@@ -68,18 +73,23 @@ def worker(rank: int, folder: str) -> None:
     from modellink.ops.npu.parallel_linear import ColumnLinear, RowLinear
 
     npu_contracts.COMMUNICATORS["two"] = dist.group.WORLD
-    found = {f"reference {name}": pair for name, pair in linears(
-        rank, torch.float64, reference.column_linear, reference.row_linear).items()}
-    def column(x: torch.Tensor, weight: torch.Tensor, group: Any) -> torch.Tensor:
-        return ColumnLinear.apply(x, weight, group, "two")
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for accumulate in (False, True):
+        found |= {f"reference {'added ' * accumulate}{name}": pair for name, pair in linears(
+            rank, torch.float64, reference.column_linear, reference.row_linear, accumulate).items()}
 
-    def row(x: torch.Tensor, weight: torch.Tensor, group: Any) -> torch.Tensor:
-        return RowLinear.apply(x, weight, group, "two")
+    def column(x: torch.Tensor, weight: torch.Tensor, group: Any, accumulate: bool) -> torch.Tensor:
+        return ColumnLinear.apply(x, weight, group, "two", accumulate)
+
+    def row(x: torch.Tensor, weight: torch.Tensor, group: Any, accumulate: bool) -> torch.Tensor:
+        return RowLinear.apply(x, weight, group, "two", accumulate)
 
     with npu_contracts.contracts() as operators:
         found |= {f"mc2 {name}": pair for name, pair in linears(rank, torch.bfloat16, column, row).items()}
         with npu_contracts.every_dtype():
-            found |= {f"mc2 fp64 {name}": pair for name, pair in linears(rank, torch.float64, column, row).items()}
+            for accumulate in (False, True):
+                found |= {f"mc2 fp64 {'added ' * accumulate}{name}": pair for name, pair in linears(
+                    rank, torch.float64, column, row, accumulate).items()}
         factors = tensor(4, 256, seed=7 + rank, dtype=torch.bfloat16), tensor(256, 3, seed=9, dtype=torch.bfloat16)
         for operator in (operators.npu_all_gather_base_mm, operators.npu_mm_reduce_scatter_base):
             torch.library.opcheck(operator.default, (*factors, "two", RANKS), test_utils="test_schema")
@@ -99,7 +109,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[to
 
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("part", ["value", "input", "weight"])
-@pytest.mark.parametrize(("form", "tolerance"), [("reference", 1e-10), ("mc2", 4e-2), ("mc2 fp64", 1e-10)])
+@pytest.mark.parametrize(("form", "tolerance"), [
+    ("reference", 1e-10), ("reference added", 1e-10), ("mc2", 4e-2), ("mc2 fp64", 1e-10), ("mc2 fp64 added", 1e-10)])
 def test_linear(form: str, tolerance: float, part: str, kind: str, results: list[dict[str, Any]]) -> None:
     for found in results:
         got, expected = found[f"{form} {kind} {part}"]

@@ -29,9 +29,9 @@ def make_situation(run: Run, device: str, product: str) -> Situation:
         device, product, DTYPES[settings.train.precision], model.head_dim,
         model.num_attention_heads // tensor, model.num_query_groups // tensor,
         model.hidden_size, model.ffn_hidden_size // tensor,
-        # what the products reduce over: column layers forward and backward, then row layers forward
-        widths=(model.hidden_size, (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim // tensor,
-                2 * model.ffn_hidden_size // tensor, model.num_attention_heads * model.head_dim // tensor,
+        # what the products with communication reduce over: column layers forward and row layers backward, then row
+        # layers forward
+        widths=(model.hidden_size, model.num_attention_heads * model.head_dim // tensor,
                 model.ffn_hidden_size // tensor),
         tensor=tensor, is_sequence_parallel=run.dims.sequence_parallel and tensor > 1,
         has_adapters=run.lora is not None,

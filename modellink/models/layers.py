@@ -77,7 +77,7 @@ class OwnColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """[s / TP, b, in] -> ([s, b, out / TP], bias or None)."""
-        output = column_linear(input_, self.weight, self.tp_group)
+        output = column_linear(input_, self.weight, self.tp_group, self.gradient_accumulation_fusion)
         if self.skip_bias_add or self.bias is None:
             return output, self.bias
         return output + self.bias, None
@@ -88,7 +88,7 @@ class OwnRowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in / TP] -> ([s / TP, b, out], bias or None)."""
-        output = row_linear(input_, self.weight, self.tp_group)
+        output = row_linear(input_, self.weight, self.tp_group, self.gradient_accumulation_fusion)
         if self.skip_bias_add or self.bias is None:
             return output, self.bias
         return output + self.bias, None

@@ -12,32 +12,36 @@ from modellink.ops.reference import row_linear as reference_row
 _PART_ELEMENTS = 1 << 21  # of a product in 16 bits: 4 MiB; smaller parts make the product slower
 
 
-def column_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+def column_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: bool = False) -> Tensor:
     """The product of the whole sequence with this rank's output features.
 
     Args:
         x: [sequence / ranks, batch, in], this rank's tokens.
         weight: [out / ranks, in].
         group: the tensor parallel group.
+        accumulate: the backward adds the weight's gradient to `weight.main_grad`, by `accumulate_weight_gradient`, and
+            hands autograd an empty one.
 
     Returns:
         [sequence, batch, out / ranks].
     """
-    return form_of("column_linear", x.device.type, reference_column)(x, weight, group)
+    return form_of("column_linear", x.device.type, reference_column)(x, weight, group, accumulate)
 
 
-def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: bool = False) -> Tensor:
     """The product summed over the ranks' input features, for this rank's tokens.
 
     Args:
         x: [sequence, batch, in / ranks].
         weight: [out, in / ranks].
         group: the tensor parallel group.
+        accumulate: the backward adds the weight's gradient to `weight.main_grad`, by `accumulate_weight_gradient`, and
+            hands autograd an empty one.
 
     Returns:
         [sequence / ranks, batch, out].
     """
-    return form_of("row_linear", x.device.type, reference_row)(x, weight, group)
+    return form_of("row_linear", x.device.type, reference_row)(x, weight, group, accumulate)
 
 
 def accumulates_weight_gradients(device_type: str) -> bool:

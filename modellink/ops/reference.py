@@ -183,6 +183,15 @@ def accumulate_weight_gradient(x: Tensor, grad: Tensor, total: Tensor) -> None:
     total += torch.einsum("to,ti->oi", _wide(grad), _wide(x))
 
 
+def _weight_gradient(x: Tensor, grad: Tensor, weight: Any, accumulate: bool) -> Tensor:
+    """What autograd gets; with `accumulate` the gradient itself is added to `weight.main_grad`."""
+    if accumulate:
+        accumulate_weight_gradient(x, grad, weight.main_grad)
+        weight.grad_added_to_main_grad = True
+        return torch.zeros_like(weight)
+    return (_wide(grad).t() @ _wide(x)).to(weight.dtype)
+
+
 class _Linear(torch.autograd.Function):
     """y = x w' + b; dx = dy w, dw = dy' x, db = sum(dy)."""
 
@@ -196,13 +205,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        rows, grad = x.flatten(0, -2), grads[0].flatten(0, -2)
-        if ctx.accumulate:
-            accumulate_weight_gradient(rows, grad, weight.main_grad)
-            weight.grad_added_to_main_grad = True
-            grad_weight = torch.zeros_like(weight)
-        else:
-            grad_weight = (_wide(grad).t() @ _wide(rows)).to(weight.dtype)
+        grad = grads[0].flatten(0, -2)
+        grad_weight = _weight_gradient(x.flatten(0, -2), grad, weight, ctx.accumulate)
         grad_x = (_wide(grads[0]) @ _wide(weight)).to(x.dtype)
         return grad_x, grad_weight, _wide(grad).sum(0).to(weight.dtype) if ctx.has_bias else None, None
 
@@ -216,43 +220,44 @@ class _ColumnLinear(torch.autograd.Function):
     """y = X w' with X = all x of the group; dx = the own rows of the sum of dy w, dw = dy' X."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: bool) -> Tensor:
         whole = gather_rows(x, group)
         ctx.save_for_backward(whole, weight)
-        ctx.group = group
+        ctx.group, ctx.accumulate = group, accumulate
         return whole @ weight.t()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         whole, weight = ctx.saved_tensors
-        grad_weight = grads[0].flatten(0, -2).t() @ whole.flatten(0, -2)
-        return sum_own_rows(grads[0] @ weight, ctx.group), grad_weight, None
+        grad_weight = _weight_gradient(whole.flatten(0, -2), grads[0].flatten(0, -2), weight, ctx.accumulate)
+        return sum_own_rows(grads[0] @ weight, ctx.group), grad_weight, None, None
 
 
-def column_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+def column_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: bool = False) -> Tensor:
     """As `modellink.ops.parallel_linear.column_linear`."""
-    return _ColumnLinear.apply(x, weight, group)
+    return _ColumnLinear.apply(x, weight, group, accumulate)
 
 
 class _RowLinear(torch.autograd.Function):
     """y = the own rows of the sum of x w'; with G = all dy of the group dx = G w, dw = G' x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.group = group
+        ctx.group, ctx.accumulate = group, accumulate
         return sum_own_rows(x @ weight.t(), group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         whole = gather_rows(grads[0], ctx.group)
-        return whole @ weight, whole.flatten(0, -2).t() @ x.flatten(0, -2), None
+        grad_weight = _weight_gradient(x.flatten(0, -2), whole.flatten(0, -2), weight, ctx.accumulate)
+        return whole @ weight, grad_weight, None, None
 
 
-def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: bool = False) -> Tensor:
     """As `modellink.ops.parallel_linear.row_linear`."""
-    return _RowLinear.apply(x, weight, group)
+    return _RowLinear.apply(x, weight, group, accumulate)
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,6 +1,7 @@
 """Whether this process can simulate an NPU; test modules call `require_simulation` before anything else."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -28,3 +29,9 @@ def without_kernel(operators: set[str]) -> set[str]:
     keys = ("PrivateUse1", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
     return {name for name in operators if not any(
         torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)}
+
+
+def operators_of(folder: Path, world: int) -> set[str]:
+    """The operators that ran on npu tensors in the runs of one number of ranks, from the records of `worker.py`."""
+    records = [json.loads(path.read_text()) for path in folder.glob(f"cases{world}-*.record")]
+    return {name for record in records for name in record["operators"]}

@@ -1,7 +1,7 @@
 """Operator schemas of other torch-npu releases: `python tests/npu/old_schemas.py FOLDER`.
 
 Every wheel carries the list of its operators as YAML. This fetches wheels through pip, keeps only that file as
-FOLDER/VERSION.yaml, and goes on without a version that cannot be fetched.
+FOLDER/VERSION.yaml. Without a version that cannot be fetched it goes on: the test of that version fails, and no other.
 """
 
 import subprocess

@@ -1,7 +1,7 @@
 """Starts a run on the simulated NPU under torchrun and writes what its process groups were made with.
 
 `python runtime_worker.py FOLDER ARGUMENTS...`: FOLDER/RANK.json receives HCCL's configuration of each group, its
-timeout in seconds, and the environment of HCCL.
+timeout in seconds, the environment of HCCL, and whether private memory formats are allowed.
 """
 
 import json
@@ -12,7 +12,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch_npu  # noqa: E402
 from simulator import simulated_npu  # noqa: E402
 
 from modellink.config.settings import parse_settings  # noqa: E402
@@ -27,6 +29,9 @@ def described(group: Any) -> dict[str, Any] | None:
 
 def main(folder: str, arguments: list[str]) -> None:
     with simulated_npu():
+        # the first device sets torch_npu's own default, which differs between releases and products
+        torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.npu.config.allow_internal_format = True
         start(prepare_run(parse_settings("worker", "", arguments), int(os.environ["WORLD_SIZE"]), "train"))
         from megatron.core import parallel_state
 
@@ -39,7 +44,8 @@ def main(folder: str, arguments: list[str]) -> None:
         environment = {name: os.environ.get(name) for name in (
             "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "HCCL_DETERMINISTIC")}
         path = Path(folder) / f"{os.environ['RANK']}.json"
-        path.write_text(json.dumps({"groups": found, "environment": environment}))
+        formats = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT").decode()
+        path.write_text(json.dumps({"groups": found, "environment": environment, "internal formats": formats}))
         dist.barrier()
         dist.destroy_process_group()
 

@@ -17,13 +17,17 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401  # registers the device
 from kernels import register_kernels
 from npu_contracts import COMMUNICATORS
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 # the allocator's and the streams' own work, which the stub runtime does
 OWN = ("aten::empty.memory_format", "aten::empty_strided", "aten::empty_like", "aten::new_empty",
        "aten::new_empty_strided", "aten::record_stream", "aten::_pin_memory", "aten::is_pinned", "aten::set_",
        "aten::resize_", "aten::_reshape_alias", "aten::_unsafe_view")
+# operators between devices
+COPIES = ("aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize", "aten::set_data")
+# their second argument, the list of indices, may lie on the CPU
+INDEXING = ("aten::index.", "aten::index_put", "aten::_index_put_impl", "aten::_unsafe_index")
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,8 +51,23 @@ def to_npu(tensor: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def refuse_mixed_devices(name: str, args: Any, kwargs: Any) -> None:
+    """Raise a RuntimeError, as a device does, for npu tensors beside CPU tensors; single CPU numbers are allowed.
+
+    On the host's memory everything would compute.
+    """
+    if name in COPIES:
+        return
+    if name.startswith(INDEXING) and args[0].device.type == "npu":
+        args = (args[0], *args[2:])
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    places = {tensor.device.type for tensor in tensors if tensor.dim() > 0 or tensor.device.type == "npu"}
+    if {"npu", "cpu"} <= places:
+        raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found npu and cpu")
+
+
 class CpuKernels(TorchDispatchMode):
-    """Runs operators on npu tensors by their CPU kernels.
+    """Runs operators on npu tensors by their CPU kernels, and refuses those that mix them with CPU tensors.
 
     Attributes:
         calls: how often each npu:: operator ran.
@@ -77,6 +96,7 @@ class CpuKernels(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         elif func.is_view:
             return func(*args, **kwargs)
+        refuse_mixed_devices(name, args, kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         originals: dict[int, torch.Tensor] = {}
 
@@ -110,6 +130,21 @@ class CpuKernels(TorchDispatchMode):
         return tree_map(lift, func(*tree_map(lower, args), **tree_map(lower, kwargs)))
 
 
+class Handle:
+    """A handle on one call, which the group counts as under way until somebody waits for it."""
+
+    def __init__(self, work: Any, group: "GlooForNpu"):
+        self.work, self.group = work, group
+        group.awaited.add(self)
+
+    def wait(self, *timeout: Any) -> bool:
+        self.group.awaited.discard(self)
+        return self.work.wait(*timeout)
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
+
+
 class Several:
     """A handle on the work of several calls."""
 
@@ -130,16 +165,23 @@ class GlooForNpu(dist.ProcessGroup):
 
     Attributes:
         options: the `pg_options` it was made with, as torch_npu's own group keeps them.
+        awaited: the calls that nobody has waited for yet.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Any):
         super().__init__(rank, size)
         self.options = options
+        self.awaited: set[Handle] = set()
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
         self._under_way: list[tuple[Any, Any]] = []
 
     def getBackendName(self) -> str:
         return "hccl"
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """torch sends pickled objects through tensors of this device."""
+        return [torch.device("npu")]
 
     def _get_backend(self, device: torch.device) -> "GlooForNpu":
         return self
@@ -152,11 +194,15 @@ class GlooForNpu(dist.ProcessGroup):
 
     def _run(self, method: str, *arguments: Any) -> Any:
         """Call gloo with host tensors, and keep the npu tensors until the work has finished."""
+        # the kernel of an operator, below the mode, communicates with host tensors
+        if _get_current_dispatch_mode() is not None and any(
+                isinstance(leaf, torch.Tensor) and leaf.device.type != "npu" for leaf in tree_leaves(arguments)):
+            raise RuntimeError(f"{method}: hccl takes npu tensors only")
         lowered = tree_map(lambda value: host(value) if isinstance(value, torch.Tensor) else value, arguments)
         work = getattr(self.gloo, method)(*(value for value in lowered if value is not None))
         self._under_way = [pair for pair in self._under_way if not pair[0].is_completed()]
         self._under_way.append((work, arguments))
-        return work
+        return Handle(work, self)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         return self._run("allreduce", tensors, opts)

@@ -1,6 +1,6 @@
 """MC2, weight gradients added inside their product, and half precision on the simulated NPU, against the cpu device."""
 
-from npu_environment import WORKER, require_simulation
+from npu_environment import WORKER, operators_of, require_simulation, without_kernel
 
 require_simulation()
 
@@ -128,8 +128,20 @@ def test_the_operators_ran_under_our_own_nodes(folder: Path) -> None:
     for record in (one, *two):
         assert record["calls"]["npu::npu_grouped_matmul_add_"] > 0 and record["calls"]["mindspeed"] > 0
     for record in two:
-        # in each of 2 layers two products of each kind forward and two backward, in every microbatch of three runs
+        # weights of 2 layers and of the head: both microbatches of mc2-grouped, and the one that a replica has
+        assert record["calls"]["npu::npu_grouped_matmul_add_"] == (2 * 4 + 1) * (2 + 1) * STEPS
+    for record in two:
+        # in each of 2 layers two column layers forward and two row layers backward, or two row layers forward, in both
+        # microbatches of three runs
         runs = [name for name in WHOLE | HALF if "mc2" in name]
-        for operator in ("npu::npu_all_gather_base_mm", "npu::npu_mm_reduce_scatter_base"):
-            assert record["calls"][operator] == 2 * (2 + 2) * 2 * STEPS * len(runs)
+        for operator, products in (("npu::npu_all_gather_base_mm", 2 + 2), ("npu::npu_mm_reduce_scatter_base", 2)):
+            assert record["calls"][operator] == 2 * products * 2 * STEPS * len(runs)
         assert {"ColumnLinearBackward", "RowLinearBackward"} <= set(record["nodes"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_torch_npu_has_a_kernel_for_every_operator(world: int, folder: Path) -> None:
+    """Also for MC2, for weight gradients added by an operator, and for the loss scale of fp16."""
+    ran = operators_of(folder, world)
+    assert {"aten::_fused_adamw_", "aten::_amp_foreach_non_finite_check_and_unscale_"} <= ran
+    assert without_kernel(ran) == set()

@@ -32,6 +32,7 @@ def test_options_and_environment_reach_the_process_groups(tmp_path: Path) -> Non
             for name, size in (("world", 64), ("tp", 128), ("dp", 64), ("mp", 64))}
         assert found["environment"] == {"HCCL_CONNECT_TIMEOUT": "300", "HCCL_EXEC_TIMEOUT": "300",
                                         "HCCL_DETERMINISTIC": "true"}
+        assert found["internal formats"] == "disable"  # the worker has allowed them before
 
 
 def failing(*words: str, **environment: str) -> str:

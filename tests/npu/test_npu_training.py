@@ -1,6 +1,6 @@
 """Training, resuming, LoRA and generation with `--device npu` on the simulated device equal the cpu device's."""
 
-from npu_environment import WORKER, require_simulation, without_kernel
+from npu_environment import WORKER, operators_of, require_simulation, without_kernel
 
 require_simulation()
 
@@ -114,7 +114,7 @@ def test_gradients_come_through_the_nodes_of_torch_npu(world: int, folder: Path)
 @pytest.mark.parametrize("world", [1, 2])
 def test_torch_npu_has_a_kernel_for_every_operator(world: int, folder: Path) -> None:
     """Also for what is not fused: an operator without one would run on the CPU of the owner of an NPU."""
-    ran = {name for path in folder.glob(f"cases{world}-*.record") for name in json.loads(path.read_text())["operators"]}
+    ran = operators_of(folder, world)
     assert {"aten::mm", "aten::_fused_adamw_", "aten::embedding_dense_backward"} <= ran
     assert without_kernel(ran) == set()
 

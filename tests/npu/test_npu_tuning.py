@@ -1,6 +1,6 @@
 """Tuning on the simulated NPU equals the cpu device: packed and variable rows, pairs of answers, adapters, stages."""
 
-from npu_environment import WORKER, require_simulation
+from npu_environment import WORKER, operators_of, require_simulation, without_kernel
 
 require_simulation()
 
@@ -79,3 +79,11 @@ def test_gradients_come_through_the_node_of_torch_npu(world: int, folder: Path) 
     for path in folder.glob(f"cases{world}-*.record"):
         assert "NpuFusionAttentionBackward0" in json.loads(path.read_text())["nodes"]
     assert len(list(folder.glob(f"cases{world}-*.record"))) == world
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_torch_npu_has_a_kernel_for_every_operator(world: int, folder: Path) -> None:
+    """Also for packed rows, pairs of answers and full recomputation."""
+    ran = operators_of(folder, world)
+    assert {"aten::mm", "aten::_fused_adamw_", "aten::log_sigmoid_forward"} <= ran
+    assert without_kernel(ran) == set()
