@@ -226,6 +226,7 @@ def grouped_matmul_add_(total: Tensor, x: Tensor, weight: Tensor, group_list: Te
                         transpose_weight: bool = False, group_type: int = 2) -> Tensor:
     _need(total.dtype == torch.float32 and total.dim() == 3 and x.dtype == weight.dtype and x.dtype in HALF, "dtypes")
     _need(transpose_x and not transpose_weight and group_type == 2, "groups lie along the reduced dimension")
+    _need(x.shape[1] < 65536 and weight.shape[1] < 65536, "the last dimension of both factors")
     _need(group_list.dtype == torch.int64 and group_list.shape == (total.shape[0],), "one end for each group")
     ends = group_list.tolist()
     for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from npu_contracts import contracts, every_dtype
+from npu_contracts import CALLED, contracts, every_dtype
 from test_ops_reference import assert_same, leaf
 from torch.autograd import gradcheck
 
@@ -18,8 +18,8 @@ from modellink.ops import reference
 from modellink.ops.attention import lower_right
 from modellink.ops.forms import Situation, forms_in_use
 from modellink.ops.npu import attention as npu_attention
+from modellink.ops.npu import limits, pointwise
 from modellink.ops.npu import parallel_linear as npu_linear
-from modellink.ops.npu import pointwise
 from modellink.ops.npu.calls import CALLS
 from modellink.ops.npu.library import compressed_mask
 from modellink.ops.rms_norm import rms_norm
@@ -111,6 +111,40 @@ def test_weight_gradient(operators: Any) -> None:
     npu_linear.accumulate_grouped(x, grad, got)
     reference.accumulate_weight_gradient(x, grad, expected)
     torch.testing.assert_close(got, expected)
+
+
+def test_weight_gradient_beyond_the_width_of_the_operator(operators: Any) -> None:
+    """An output layer of a large vocabulary, and a layer with as many inputs: both by the portable form."""
+    assert limits.GROUPED_WIDTH == 65535
+    for wide_in, wide_out in ((4, 65536), (65536, 4), (4, 65535)):
+        x, grad = leaf(3, wide_in, dtype=BF16).detach(), leaf(3, wide_out, seed=1, dtype=BF16).detach()
+        got, expected = torch.ones(wide_out, wide_in), torch.ones(wide_out, wide_in)
+        CALLED.clear()
+        npu_linear.accumulate_grouped(x, grad, got)
+        reference.accumulate_weight_gradient(x, grad, expected)
+        torch.testing.assert_close(got, expected, **CLOSE[BF16])
+        assert bool(CALLED) == (max(wide_in, wide_out) <= 65535)
+    with pytest.raises(RuntimeError, match="last dimension"):
+        operators.npu_grouped_matmul_add_(torch.ones(1, 65536, 4), torch.ones(3, 65536, dtype=BF16),
+                                          torch.ones(3, 4, dtype=BF16), torch.tensor([3]))
+
+
+def test_the_end_of_the_group_is_on_the_device_once(operators: Any) -> None:
+    npu_linear.one_group.cache_clear()
+    for tokens in (11, 11, 7, 11):
+        npu_linear.accumulate_grouped(leaf(tokens, 5, dtype=BF16).detach(), leaf(tokens, 3, dtype=BF16).detach(),
+                                      torch.zeros(3, 5))
+    assert npu_linear.one_group.cache_info()[:2] == (2, 2)  # hits, misses
+
+
+@pytest.mark.parametrize(("product", "is_fused"), [
+    ("Ascend910B1", True), ("Ascend910B2C", True), ("Ascend910_9392", True), ("Ascend950DT", True), ("", True),
+    ("Ascend910A", False), ("Ascend910ProB", False), ("Ascend310P3", False)])
+def test_weight_gradient_by_product(operators: Any, product: str, is_fused: bool) -> None:
+    situation = Situation("npu", product, wishes=frozenset({"gradient_accumulation_fusion"}))
+    (choice,) = [each for each in choose(situation) if each.operation == "weight_gradient"]
+    assert (choice.form.run is npu_linear.accumulate_grouped) == is_fused
+    assert is_fused or f"it is documented for Atlas A2, Atlas A3, Ascend 950 and not for {product}" in str(choice)
 
 
 def test_weight_gradient_of_mindspeed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,11 +107,11 @@ def _accumulates(situation: Situation) -> str | None:
 
 
 def _grouped(situation: Situation) -> str | None:
-    if "950" not in situation.product:
-        return f"documented for Ascend950 and not for {situation.product or 'this product'}"
-    if not has_operator("npu_grouped_matmul_add_"):
+    problem = (_accumulates(situation) or limits.product_problem(situation.product)
+               or limits.dtype_problem(situation.dtype, limits.HALF))
+    if problem is None and not has_operator("npu_grouped_matmul_add_"):
         return "this torch_npu has no npu_grouped_matmul_add_"
-    return _accumulates(situation) or limits.dtype_problem(situation.dtype, limits.HALF)
+    return problem
 
 
 # operation -> its forms, fastest first; the last one is the reference, always usable
@@ -174,7 +174,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
     ),
     "weight_gradient": (
         Form("npu_matmul_add_fp32 of mindspeed", npu_linear.accumulate_mindspeed, NPU, _mindspeed),
-        Form("npu_grouped_matmul_add_", npu_linear.accumulate_grouped, NPU, _grouped),
+        Form(f"npu_grouped_matmul_add_ up to {limits.GROUPED_WIDTH} features, product and addition beyond",
+             npu_linear.accumulate_grouped, NPU, _grouped),
         Form("added to the main gradient behind the product", parallel_linear.torch_accumulate, (), _accumulates),
         Form("a gradient of its own, added by megatron-core", None),
         Form("plain formulas", reference.accumulate_weight_gradient),

@@ -5,6 +5,8 @@ gives a few words, or None: the choice of forms asks it about a run and takes th
 what was asked about, ends in a `ConfigError` by `require`.
 """
 
+import re
+
 import torch
 
 from modellink.config import ConfigError
@@ -16,9 +18,13 @@ CACHED_HEAD_DIM = 512
 ATTENTION_HEADS = 256
 ROTARY_HEAD_DIM = 896
 ROTARY_ROWS = 1000
+# features of a layer, on either side, whose weight gradient npu_grouped_matmul_add_ takes
+GROUPED_WIDTH = 65535
 # the reduced dimension of MC2's products, from and below
 MC2_INNER = (256, 65535)
 MC2_RANKS = (2, 4, 8)
+# product families of the pages -> what a product of the family calls itself
+FAMILIES = {"Atlas A2": r"^Ascend910B", "Atlas A3": r"^Ascend910_93", "Ascend 950": r"^Ascend950"}
 
 
 def require(operator: str, problem: str | None) -> None:
@@ -26,6 +32,13 @@ def require(operator: str, problem: str | None) -> None:
     if problem is not None:
         raise ConfigError(f"torch_npu.{operator}: {problem}; change the flag behind it (--bf16, --fp16, --fp32, the "
                           "sizes of the model, --use-mc2), or run with --device cpu.")
+
+
+def product_problem(product: str) -> str | None:
+    """Whether a product is of a family that the pages name; one that is not known (empty) has no problem."""
+    if not product or any(re.search(pattern, product) for pattern in FAMILIES.values()):
+        return None
+    return f"it is documented for {', '.join(FAMILIES)} and not for {product}"
 
 
 def rotary_problem(dtype: torch.dtype, head_dim: int, batch: int = 1, heads: int = 1) -> str | None:
