@@ -207,19 +207,34 @@ def fusion_attention_grad(query: Tensor, key: Tensor, value: Tensor, dy: Tensor,
 
 
 def fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, *, atten_mask: Tensor | None = None,
-                                num_heads: int = 1, scale: float = 1.0, input_layout: str = "BSH",
-                                num_key_value_heads: int = 0, sparse_mode: int = 0,
+                                actual_seq_lengths_kv: Any = None, num_heads: int = 1, scale: float = 1.0,
+                                input_layout: str = "BSH", num_key_value_heads: int = 0, sparse_mode: int = 0,
                                 **unused: Any) -> tuple[Tensor, Tensor]:
     _need(query.dtype == key.dtype == value.dtype and query.dtype in HALF, "inference attention is fp16 or bf16")
+    for tensor in (query, key, value, atten_mask):
+        _need(tensor is None or tensor.is_contiguous(), "inference attention takes contiguous tensors only")
     _need(input_layout == "BNSD" and query.shape[1] == num_heads and query.shape[-1] <= 512, "heads and layout")
     _need(key.shape[1] == (num_key_value_heads or num_heads) and num_heads % key.shape[1] == 0, "key/value heads")
-    if query.shape[2] == 1 and atten_mask is not None:
-        _need(sparse_mode == 0 and atten_mask.shape[-1] == key.shape[2], "a step of decoding takes a whole mask")
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    if atten_mask is not None and sparse_mode == 0:
+        shapes = {(1, queries, keys), (batch, 1, queries, keys), (1, 1, queries, keys)}
+        shapes.add((batch, keys) if queries == 1 else (queries, keys))
+        _need(tuple(atten_mask.shape) in shapes, "the shape of a whole mask")
+    _need(queries > 1 or sparse_mode == 0, "a step of decoding takes a whole mask or none")
+    lengths = [keys] if actual_seq_lengths_kv is None else list(actual_seq_lengths_kv)
+    _need(len(lengths) == 1 or len(lengths) >= batch, "one length, or one for each row")
+    _need(all(0 <= length <= keys for length in lengths), "lengths lie within the rows")
     repeat = num_heads // key.shape[1]
-    scores = _wide(query) @ _wide(key).repeat_interleave(repeat, 1).transpose(-1, -2) * scale
-    scores = scores.masked_fill(_hidden(atten_mask, sparse_mode, *scores.shape[-2:]), float("-inf"))
-    out = scores.softmax(-1) @ _wide(value).repeat_interleave(repeat, 1)
-    return out.to(query.dtype), query.new_empty(0, dtype=torch.float32)
+    out = torch.empty_like(query)
+    for row in range(batch):
+        end = lengths[0 if len(lengths) == 1 else row]
+        scores = _wide(query[row]) @ _wide(key[row, :, :end]).repeat_interleave(repeat, 0).transpose(-1, -2) * scale
+        mask = atten_mask
+        if mask is not None and sparse_mode == 0:
+            mask = mask.view(-1, queries, keys)[row if mask.numel() > queries * keys else 0, :, :end]
+        scores = scores.masked_fill(_hidden(mask, sparse_mode, queries, end), float("-inf"))
+        out[row] = (scores.softmax(-1) @ _wide(value[row, :, :end]).repeat_interleave(repeat, 0)).to(query.dtype)
+    return out, query.new_empty(0, dtype=torch.float32)
 
 
 def grouped_matmul_add_(total: Tensor, x: Tensor, weight: Tensor, group_list: Tensor, *, transpose_x: bool = True,

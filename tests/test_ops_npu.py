@@ -14,8 +14,10 @@ from torch.autograd import gradcheck
 
 import modellink.ops.npu
 from modellink.config import ConfigError
+from modellink.inference.cache import KVCache, Piece
 from modellink.ops import reference
-from modellink.ops.attention import lower_right
+from modellink.ops.attention import attend_rows, lower_right
+from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.forms import Situation, forms_in_use
 from modellink.ops.npu import attention as npu_attention
 from modellink.ops.npu import limits, pointwise
@@ -95,7 +97,9 @@ def test_packed_attention(operators: Any, ends: list[int]) -> None:
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 6), (3, 8)])
 def test_attention_over_a_cache(operators: Any, queries: int, keys: int) -> None:
     """Prefill, a step, several tokens at an offset; a mask of its own; rows of different lengths."""
-    query, key, value = (x.permute(1, 2, 0, 3).detach() for x in heads(queries, keys, 2, 2, BF16))
+    query, key, value = (leaf(2, count, length, 16, seed=seed, dtype=BF16).detach() for seed, (count, length) in
+                         enumerate(((6, queries), (2, keys + 4), (2, keys + 4))))
+    key, value = key[:, :, :keys], value[:, :, :keys]
     tree = torch.rand(queries, keys, generator=torch.Generator().manual_seed(5)) < 0.5
     tree[:, 0] = True
     lengths = torch.tensor([keys - 2, keys])
@@ -103,6 +107,63 @@ def test_attention_over_a_cache(operators: Any, queries: int, keys: int) -> None
     for mask in (lower_right(queries, keys, query.device), tree, rows):
         torch.testing.assert_close(npu_attention.attend_rows(query, key, value, mask),
                                    reference.attend_rows(query, key, value, mask), **CLOSE[BF16])
+
+
+@pytest.mark.parametrize("queries", [3, 1])
+def test_whole_rows_of_a_cache_with_their_lengths(operators: Any, queries: int) -> None:
+    """What lies behind a length is not seen, whatever the mask of the other forms is; rows of different lengths."""
+    query = leaf(2, 4, queries, 16, dtype=BF16).detach()
+    rows = [leaf(2, 2, 12, 16, seed=seed, dtype=BF16).detach() for seed in (1, 2)]
+    lengths = [8, 5]
+    last = torch.tensor(lengths)[:, None, None] - queries + torch.arange(queries)[:, None]
+    places = torch.arange(8)[None, None] <= last
+    expected = reference.attend_rows(query, *(x[:, :, :8] for x in rows), places[:, None])
+    for mask in (None, places[:, None]):
+        for behind in (0.0, float("nan")):
+            kept = [x.clone() for x in rows]
+            for x in kept:
+                x[0, :, 8:], x[1, :, 5:] = behind, behind
+            got = npu_attention.attend_rows(query, *kept, mask, lengths=lengths)
+            torch.testing.assert_close(got, expected, **CLOSE[BF16])
+    for form in (attend_rows, cuda_attention.attend_rows, reference.attend_rows):
+        torch.testing.assert_close(form(query, *rows, places[:, None], lengths=lengths), expected, **CLOSE[BF16])
+    prefill = npu_attention.attend_rows(query[:1], *(x[:1] for x in rows), None, lengths=[queries + 2])
+    torch.testing.assert_close(prefill, reference.attend_rows(query[:1], *(x[:1, :, :queries + 2] for x in rows), None),
+                               **CLOSE[BF16])
+
+
+def test_the_cache_hands_over_its_rows_as_they_lie(operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill, a further chunk, a step of rows of other lengths: no copy of keys and values, no mask of their size."""
+    cache = KVCache([1], 3, 32, 2, 16, dtype=BF16, device=torch.device("cpu"))
+    plain = KVCache([1], 3, 32, 2, 16, dtype=BF16, device=torch.device("cpu"))
+    start = cache._memory[1].data_ptr()
+    end = start + cache._memory[1].nbytes
+    seen: list[tuple[tuple[int, ...], bool, int, list[int] | None]] = []
+
+    def record(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        mask = options["atten_mask"]
+        seen.append((tuple(key.shape), all(start <= x.data_ptr() < end for x in (key, value)),
+                     0 if mask is None else mask.shape[-1], options["actual_seq_lengths_kv"]))
+        return operators.npu_fused_infer_attention_score(query, key, value, **options)
+
+    monkeypatch.setattr(sys.modules["torch_npu"], "npu_fused_infer_attention_score", record)
+    passes = [[Piece(0, 0, [1] * 5), Piece(1, 0, [1] * 3)], [Piece(0, 5, [1] * 4)],
+              [Piece(0, 9, [1]), Piece(1, 3, [1])],
+              [Piece(0, 10, [1] * 2, False, [0, 0], torch.eye(2, dtype=torch.bool))]]
+    for number, pieces in enumerate(passes):
+        count = sum(len(piece.tokens) for piece in pieces)
+        new = [leaf(count, heads, 16, seed=seed + 3 * number, dtype=BF16).detach() for seed, heads in
+               enumerate((4, 2, 2))]
+        found = []
+        for each, choices in ((cache, choose(Situation("npu", "Ascend910B2"))), (plain, [])):
+            each.begin(pieces)
+            with forms_in_use(choices, "cpu"):
+                found.append(each.attend(1, *new))
+            each.end()
+        torch.testing.assert_close(*found, **CLOSE[BF16])
+    assert seen == [((1, 2, 32, 16), True, 2048, [5]), ((1, 2, 32, 16), True, 2048, [3]),
+                    ((1, 2, 32, 16), True, 2048, [9]), ((2, 2, 32, 16), True, 0, [10, 4]),
+                    ((1, 2, 12, 16), False, 12, None)]
 
 
 def test_weight_gradient(operators: Any) -> None:

@@ -4,6 +4,7 @@ Both mask where a mask is True, unlike torch. With sparse mode 2 (causal from th
 right) they take the compressed mask, whatever the lengths are.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
@@ -36,19 +37,26 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None 
         scale=scale, sparse_mode=UPPER_LEFT if length == key.shape[0] else LOWER_RIGHT)[0]
 
 
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
-    """As `modellink.ops.attention.attend_rows`, without autograd: BNSD, one call for prefill and decode."""
-    heads, length, head_dim = query.shape[1:]
-    groups = key.shape[1]
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
+                lengths: Sequence[int] | None = None) -> Tensor:
+    """As `modellink.ops.attention.attend_rows`, without autograd: BNSD, one call for prefill and decode.
+
+    The operator takes contiguous tensors only. Whole rows of a cache are; so it is told of their lengths, and a mask is
+    for what these cannot say.
+    """
+    heads, queries, head_dim = query.shape[1:]
+    groups, keys = key.shape[1:3]
     require("npu_fused_infer_attention_score", same_dtype_problem(query, key, value)
             or cached_attention_problem(query.dtype, head_dim, heads, groups))
     mode = WHOLE_MASK
     hidden: Tensor | None = None
-    if mask is not None:
-        hidden = ~mask
-    elif length > 1:
+    if mask is not None and lengths is None:
+        whole = mask.view((1,) * (4 - mask.dim()) + mask.shape)
+        hidden = ~whole.expand(-1, -1, queries, keys).contiguous()
+    elif queries > 1:
         mode, hidden = LOWER_RIGHT, compressed_mask(query.device)
     return torch_npu().npu_fused_infer_attention_score(
-        query, key, value, atten_mask=hidden, num_heads=heads,
+        query.contiguous(), key.contiguous(), value.contiguous(), atten_mask=hidden,
+        actual_seq_lengths_kv=None if lengths is None else list(lengths), num_heads=heads,
         scale=head_dim**-0.5 if scale is None else scale, input_layout="BNSD", num_key_value_heads=groups,
         sparse_mode=mode)[0]
