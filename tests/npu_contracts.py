@@ -146,7 +146,9 @@ def _samples(query: Tensor, layout: str, q_ends: Any, kv_ends: Any) -> list[tupl
     if layout == "SBH":
         return [(slice(None), slice(None))]
     _need(layout == "TND" and query.dim() == 3, "the layout is SBH or TND here")
+    _need(query.shape[0] <= 1 << 20, "packed samples have up to 1M tokens")
     _need(q_ends is not None and kv_ends is not None and len(q_ends) == len(kv_ends), "TND needs two equal lists")
+    _need(1 <= len(q_ends) <= 1024, "TND takes up to 1K samples")
     _need(q_ends[0] > 0 and q_ends[-1] == query.shape[0] and list(q_ends) == sorted(set(q_ends)), "rising ends, no 0")
     return [(slice(a, b), slice(c, d)) for a, b, c, d in
             zip([0, *q_ends[:-1]], q_ends, [0, *kv_ends[:-1]], kv_ends, strict=True)]
@@ -224,6 +226,9 @@ def fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, *, at
     lengths = [keys] if actual_seq_lengths_kv is None else list(actual_seq_lengths_kv)
     _need(len(lengths) == 1 or len(lengths) >= batch, "one length, or one for each row")
     _need(all(0 <= length <= keys for length in lengths), "lengths lie within the rows")
+    _need(num_heads <= 256 and num_heads // key.shape[1] <= 64 and batch <= 65536, "heads to a group, rows")
+    _need(queries == 1 or query.shape[-1] % 16 == 0, "the head size of several queries is a multiple of 16")
+    _need(queries > 1 or keys <= 262144, "keys of a single query")
     repeat = num_heads // key.shape[1]
     out = torch.empty_like(query)
     for row in range(batch):
@@ -251,7 +256,7 @@ def grouped_matmul_add_(total: Tensor, x: Tensor, weight: Tensor, group_list: Te
 
 def _mc2(x: Tensor, x2: Tensor, hcom: str, ranks: int) -> dist.ProcessGroup:
     _need(x.dim() == 2 and x.is_contiguous() and x2.dim() == 2 and x.dtype == x2.dtype and x.dtype in HALF, "factors")
-    _need(256 <= x.shape[1] < 65535 and ranks in (2, 4, 8), "reduced dimension and ranks")
+    _need(256 <= x.shape[1] < 65535 and ranks in (2, 4, 8, 16), "reduced dimension and ranks")
     group = COMMUNICATORS[hcom]
     _need(group.size() == ranks, "the communicator's size")
     return group

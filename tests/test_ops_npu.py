@@ -94,6 +94,33 @@ def test_packed_attention(operators: Any, ends: list[int]) -> None:
                 lambda *x: reference.attention(*x, cu_seqlens=ends), *inputs, **CLOSE[FP32])
 
 
+@pytest.mark.parametrize(("most_samples", "most_tokens", "calls"), [(2, 100, 2), (100, 5, 3)])
+def test_packed_samples_in_several_calls(operators: Any, monkeypatch: pytest.MonkeyPatch, most_samples: int,
+                                         most_tokens: int, calls: int) -> None:
+    """Numbers and gradients of one call, with limits that a few samples reach."""
+    monkeypatch.setattr(npu_attention, "PACKED_SAMPLES", most_samples)
+    monkeypatch.setattr(npu_attention, "ATTENTION_TOKENS", most_tokens)
+    ends = [0, 3, 3, 4, 8, 10]
+    assert len(npu_attention.packed_calls(ends)) == calls
+    assert_same(lambda *x: npu_attention.attention(*x, cu_seqlens=ends),
+                lambda *x: reference.attention(*x, cu_seqlens=ends), *heads(10, 10, 2, 1, FP32), **CLOSE[FP32])
+
+
+def test_the_operator_refuses_more_than_1k_samples(operators: Any) -> None:
+    ends, mask = list(range(1, 1026)), compressed_mask(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="up to 1K samples"):
+        operators.npu_fusion_attention(*(x.squeeze(1) for x in heads(1025, 1025, 2, 1, FP32)), head_num=6,
+                                       input_layout="TND", atten_mask=mask, sparse_mode=2, actual_seq_qlen=ends,
+                                       actual_seq_kvlen=ends)
+
+
+def test_calls_of_packed_samples() -> None:
+    assert npu_attention.packed_calls([0, 0, 4, 4, 10, 10]) == [[4, 10]]
+    assert npu_attention.packed_calls([0, 600_000, 1_000_000, 1_000_001, 1_600_000]) == [
+        [600_000, 1_000_000], [1, 600_000]]
+    assert [len(ends) for ends in npu_attention.packed_calls(list(range(2002)))] == [1000, 1000, 1]
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 6), (3, 8)])
 def test_attention_over_a_cache(operators: Any, queries: int, keys: int) -> None:
     """Prefill, a step, several tokens at an offset; a mask of its own; rows of different lengths."""
@@ -251,14 +278,23 @@ def test_the_compressed_mask_is_made_once(operators: Any) -> None:
      "npu_fusion_attention: query, key and value need one dtype and have bfloat16, float32"),
     (lambda: npu_attention.attention(*heads(4, 4, 6, 2, BF16), cu_seqlens=[0, 4]), "a batch of 1 and not 2"),
     (lambda: npu_attention.attention(*heads(4, 4, 6, 1, BF16), cu_seqlens=[1, 4]), "must rise from 0 to 4"),
-    (lambda: npu_attention.attend_rows(*(leaf(1, 2, 3, 8, dtype=FP32) for _ in range(3)), None),
+    (lambda: npu_attention.attend_rows(*(leaf(1, 2, 3, 16, dtype=FP32) for _ in range(3)), None),
      "npu_fused_infer_attention_score: it takes float16, bfloat16 and not float32"),
     (lambda: npu_linear.accumulate_grouped(leaf(4, 2, dtype=BF16), leaf(4, 2, dtype=BF16), leaf(2, 2, dtype=BF16)),
      "npu_grouped_matmul_add_: it adds to a float32 gradient and not to bfloat16"),
     (lambda: npu_linear.gathered_product(leaf(4, 1, 128, dtype=BF16), leaf(128, 8, dtype=BF16), "x", 2),
      "npu_all_gather_base_mm: it takes products over 256 to 65534 features and not over 128"),
     (lambda: npu_linear.scattered_product(leaf(6, 1, 256, dtype=BF16), leaf(256, 8, dtype=BF16), "x", 3),
-     "npu_mm_reduce_scatter_base: it takes 2, 4, 8 tensor parallel ranks and not 3"),
+     "npu_mm_reduce_scatter_base: it takes 2, 4, 8, 16 tensor parallel ranks and not 3"),
+    (lambda: npu_attention.attend_rows(*(leaf(1, 2, 3, 24, dtype=BF16) for _ in range(3)), None),
+     "npu_fused_infer_attention_score: it takes head sizes that are multiples of 16 and not 24"),
+    (lambda: npu_attention.attend_rows(leaf(1, 1, 1, 16, dtype=BF16), *(
+        torch.empty(1, 1, 262145, 16, dtype=BF16) for _ in range(2)), None),
+     "npu_fused_infer_attention_score: it takes steps over rows of up to 262144 tokens and not of 262145"),
+    (lambda: npu_attention.attend_rows(*(leaf(1, 2, 3, 16, dtype=BF16) for _ in range(3)),
+                                       torch.ones(1, 2, 3, 3, dtype=torch.bool)), "it takes one mask for all heads"),
+    (lambda: npu_attention.attention(*(torch.empty(1_000_001, 1, 1, 1, dtype=BF16) for _ in range(3))),
+     "npu_fusion_attention: it takes samples of up to 1000000 tokens and not of 1000001"),
 ])
 def test_limits_are_checked_before_the_call(call: Any, words: str) -> None:
     """No torch_npu is needed to be told; one sentence with a way out."""

@@ -33,11 +33,13 @@ CPU, CUDA, NPU, COMPILING = ("cpu",), ("cuda",), ("npu",), ("cpu", "cuda")
 
 
 def _attention(situation: Situation) -> str | None:
-    return limits.attention_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
+    return limits.product_problem(situation.product) or limits.attention_problem(
+        situation.dtype, situation.head_dim, situation.heads, situation.groups)
 
 
 def _cached_attention(situation: Situation) -> str | None:
-    return limits.cached_attention_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
+    return limits.product_problem(situation.product) or limits.cached_attention_problem(
+        situation.dtype, situation.head_dim, situation.heads, situation.groups)
 
 
 def _compile(situation: Situation) -> str | None:
@@ -81,7 +83,8 @@ def _mc2(situation: Situation) -> str | None:
         return "it needs --sequence-parallel with tensor parallel ranks"
     if situation.has_adapters:
         return "layers with LoRA adapters have no such form"
-    problems = (limits.mc2_problem(situation.dtype, situation.tensor, width) for width in situation.widths)
+    problems = (limits.mc2_problem(situation.dtype, situation.tensor, width, situation.product)
+                for width in situation.widths)
     return next((problem for problem in problems if problem), None)
 
 
@@ -124,14 +127,16 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("plain formulas", reference.rms_norm),
     ),
     "rotary": (
-        Form("npu_rotary_mul", pointwise.rotate, NPU, lambda s: limits.rotary_problem(s.dtype, s.head_dim)),
+        Form("npu_rotary_mul", pointwise.rotate, NPU,
+             lambda s: limits.product_problem(s.product) or limits.rotary_problem(s.dtype, s.head_dim)),
         Form("torch.compile of the formulas", compiled.rotate, COMPILING, _compile),
         Form("rotary of liger-kernel", cuda_pointwise.rotate, CUDA, _liger_rotary),
         Form("elementwise torch operations", rotary.torch_rotate),
         Form("plain formulas", reference.rotate),
     ),
     "swiglu": (
-        Form("npu_swiglu", pointwise.swiglu, NPU, lambda s: dtype_problem(s.dtype)),
+        Form("npu_swiglu", pointwise.swiglu, NPU,
+             lambda s: limits.product_problem(s.product) or dtype_problem(s.dtype)),
         Form("torch.compile of the formulas", compiled.swiglu, COMPILING, _compile),
         Form("SwiGLU of liger-kernel", cuda_pointwise.swiglu, CUDA, _liger_swiglu),
         Form("elementwise torch operations", swiglu.torch_swiglu),
