@@ -146,7 +146,9 @@ def _samples(query: Tensor, layout: str, q_ends: Any, kv_ends: Any) -> list[tupl
     if layout == "SBH":
         return [(slice(None), slice(None))]
     _need(layout == "TND" and query.dim() == 3, "the layout is SBH or TND here")
+    _need(query.shape[0] <= 1 << 20, "packed samples have up to 1M tokens")
     _need(q_ends is not None and kv_ends is not None and len(q_ends) == len(kv_ends), "TND needs two equal lists")
+    _need(1 <= len(q_ends) <= 1024, "TND takes up to 1K samples")
     _need(q_ends[0] > 0 and q_ends[-1] == query.shape[0] and list(q_ends) == sorted(set(q_ends)), "rising ends, no 0")
     return [(slice(a, b), slice(c, d)) for a, b, c, d in
             zip([0, *q_ends[:-1]], q_ends, [0, *kv_ends[:-1]], kv_ends, strict=True)]
@@ -207,25 +209,44 @@ def fusion_attention_grad(query: Tensor, key: Tensor, value: Tensor, dy: Tensor,
 
 
 def fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, *, atten_mask: Tensor | None = None,
-                                num_heads: int = 1, scale: float = 1.0, input_layout: str = "BSH",
-                                num_key_value_heads: int = 0, sparse_mode: int = 0,
+                                actual_seq_lengths_kv: Any = None, num_heads: int = 1, scale: float = 1.0,
+                                input_layout: str = "BSH", num_key_value_heads: int = 0, sparse_mode: int = 0,
                                 **unused: Any) -> tuple[Tensor, Tensor]:
     _need(query.dtype == key.dtype == value.dtype and query.dtype in HALF, "inference attention is fp16 or bf16")
+    for tensor in (query, key, value, atten_mask):
+        _need(tensor is None or tensor.is_contiguous(), "inference attention takes contiguous tensors only")
     _need(input_layout == "BNSD" and query.shape[1] == num_heads and query.shape[-1] <= 512, "heads and layout")
     _need(key.shape[1] == (num_key_value_heads or num_heads) and num_heads % key.shape[1] == 0, "key/value heads")
-    if query.shape[2] == 1 and atten_mask is not None:
-        _need(sparse_mode == 0 and atten_mask.shape[-1] == key.shape[2], "a step of decoding takes a whole mask")
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    if atten_mask is not None and sparse_mode == 0:
+        shapes = {(1, queries, keys), (batch, 1, queries, keys), (1, 1, queries, keys)}
+        shapes.add((batch, keys) if queries == 1 else (queries, keys))
+        _need(tuple(atten_mask.shape) in shapes, "the shape of a whole mask")
+    _need(queries > 1 or sparse_mode == 0, "a step of decoding takes a whole mask or none")
+    lengths = [keys] if actual_seq_lengths_kv is None else list(actual_seq_lengths_kv)
+    _need(len(lengths) == 1 or len(lengths) >= batch, "one length, or one for each row")
+    _need(all(0 <= length <= keys for length in lengths), "lengths lie within the rows")
+    _need(num_heads <= 256 and num_heads // key.shape[1] <= 64 and batch <= 65536, "heads to a group, rows")
+    _need(queries == 1 or query.shape[-1] % 16 == 0, "the head size of several queries is a multiple of 16")
+    _need(queries > 1 or keys <= 262144, "keys of a single query")
     repeat = num_heads // key.shape[1]
-    scores = _wide(query) @ _wide(key).repeat_interleave(repeat, 1).transpose(-1, -2) * scale
-    scores = scores.masked_fill(_hidden(atten_mask, sparse_mode, *scores.shape[-2:]), float("-inf"))
-    out = scores.softmax(-1) @ _wide(value).repeat_interleave(repeat, 1)
-    return out.to(query.dtype), query.new_empty(0, dtype=torch.float32)
+    out = torch.empty_like(query)
+    for row in range(batch):
+        end = lengths[0 if len(lengths) == 1 else row]
+        scores = _wide(query[row]) @ _wide(key[row, :, :end]).repeat_interleave(repeat, 0).transpose(-1, -2) * scale
+        mask = atten_mask
+        if mask is not None and sparse_mode == 0:
+            mask = mask.view(-1, queries, keys)[row if mask.numel() > queries * keys else 0, :, :end]
+        scores = scores.masked_fill(_hidden(mask, sparse_mode, queries, end), float("-inf"))
+        out[row] = (scores.softmax(-1) @ _wide(value[row, :, :end]).repeat_interleave(repeat, 0)).to(query.dtype)
+    return out, query.new_empty(0, dtype=torch.float32)
 
 
 def grouped_matmul_add_(total: Tensor, x: Tensor, weight: Tensor, group_list: Tensor, *, transpose_x: bool = True,
                         transpose_weight: bool = False, group_type: int = 2) -> Tensor:
     _need(total.dtype == torch.float32 and total.dim() == 3 and x.dtype == weight.dtype and x.dtype in HALF, "dtypes")
     _need(transpose_x and not transpose_weight and group_type == 2, "groups lie along the reduced dimension")
+    _need(x.shape[1] < 65536 and weight.shape[1] < 65536, "the last dimension of both factors")
     _need(group_list.dtype == torch.int64 and group_list.shape == (total.shape[0],), "one end for each group")
     ends = group_list.tolist()
     for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
@@ -238,7 +259,7 @@ def _mc2(x: Tensor, x2: Tensor, hcom: str, ranks: int) -> dist.ProcessGroup:
     # it works on the communicator beside the stream of the group's other collectives
     _need(not getattr(group, "awaited", ()), "no other collective of the group is under way")
     _need(x.dim() == 2 and x.is_contiguous() and x2.dim() == 2 and x.dtype == x2.dtype and x.dtype in HALF, "factors")
-    _need(256 <= x.shape[1] < 65535 and ranks in (2, 4, 8), "reduced dimension and ranks")
+    _need(256 <= x.shape[1] < 65535 and ranks in (2, 4, 8, 16), "reduced dimension and ranks")
     _need(group.size() == ranks, "the communicator's size")
     return group
 

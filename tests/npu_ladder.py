@@ -22,7 +22,7 @@ from modellink.models import forms
 from modellink.ops.forms import Situation
 from modellink.ops.npu import parallel_linear
 
-PRODUCT = "Ascend950DT"  # the one that npu_grouped_matmul_add_ is documented for
+PRODUCT = "Ascend910B2"
 real_situation = forms.situation_of
 
 

@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from npu_contracts import contracts, every_dtype
+from npu_contracts import CALLED, contracts, every_dtype
 from test_ops_reference import assert_same, leaf
 from torch.autograd import gradcheck
 
 import modellink.ops.npu
 from modellink.config import ConfigError
+from modellink.inference.cache import KVCache, Piece
 from modellink.ops import reference
-from modellink.ops.attention import lower_right
+from modellink.ops.attention import attend_rows, lower_right
+from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.forms import Situation, forms_in_use
 from modellink.ops.npu import attention as npu_attention
+from modellink.ops.npu import limits, pointwise
 from modellink.ops.npu import parallel_linear as npu_linear
-from modellink.ops.npu import pointwise
 from modellink.ops.npu.calls import CALLS
 from modellink.ops.npu.library import compressed_mask
 from modellink.ops.rms_norm import rms_norm
@@ -92,10 +94,39 @@ def test_packed_attention(operators: Any, ends: list[int]) -> None:
                 lambda *x: reference.attention(*x, cu_seqlens=ends), *inputs, **CLOSE[FP32])
 
 
+@pytest.mark.parametrize(("most_samples", "most_tokens", "calls"), [(2, 100, 2), (100, 5, 3)])
+def test_packed_samples_in_several_calls(operators: Any, monkeypatch: pytest.MonkeyPatch, most_samples: int,
+                                         most_tokens: int, calls: int) -> None:
+    """Numbers and gradients of one call, with limits that a few samples reach."""
+    monkeypatch.setattr(npu_attention, "PACKED_SAMPLES", most_samples)
+    monkeypatch.setattr(npu_attention, "ATTENTION_TOKENS", most_tokens)
+    ends = [0, 3, 3, 4, 8, 10]
+    assert len(npu_attention.packed_calls(ends)) == calls
+    assert_same(lambda *x: npu_attention.attention(*x, cu_seqlens=ends),
+                lambda *x: reference.attention(*x, cu_seqlens=ends), *heads(10, 10, 2, 1, FP32), **CLOSE[FP32])
+
+
+def test_the_operator_refuses_more_than_1k_samples(operators: Any) -> None:
+    ends, mask = list(range(1, 1026)), compressed_mask(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="up to 1K samples"):
+        operators.npu_fusion_attention(*(x.squeeze(1) for x in heads(1025, 1025, 2, 1, FP32)), head_num=6,
+                                       input_layout="TND", atten_mask=mask, sparse_mode=2, actual_seq_qlen=ends,
+                                       actual_seq_kvlen=ends)
+
+
+def test_calls_of_packed_samples() -> None:
+    assert npu_attention.packed_calls([0, 0, 4, 4, 10, 10]) == [[4, 10]]
+    assert npu_attention.packed_calls([0, 600_000, 1_000_000, 1_000_001, 1_600_000]) == [
+        [600_000, 1_000_000], [1, 600_000]]
+    assert [len(ends) for ends in npu_attention.packed_calls(list(range(2002)))] == [1000, 1000, 1]
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 6), (3, 8)])
 def test_attention_over_a_cache(operators: Any, queries: int, keys: int) -> None:
     """Prefill, a step, several tokens at an offset; a mask of its own; rows of different lengths."""
-    query, key, value = (x.permute(1, 2, 0, 3).detach() for x in heads(queries, keys, 2, 2, BF16))
+    query, key, value = (leaf(2, count, length, 16, seed=seed, dtype=BF16).detach() for seed, (count, length) in
+                         enumerate(((6, queries), (2, keys + 4), (2, keys + 4))))
+    key, value = key[:, :, :keys], value[:, :, :keys]
     tree = torch.rand(queries, keys, generator=torch.Generator().manual_seed(5)) < 0.5
     tree[:, 0] = True
     lengths = torch.tensor([keys - 2, keys])
@@ -105,12 +136,103 @@ def test_attention_over_a_cache(operators: Any, queries: int, keys: int) -> None
                                    reference.attend_rows(query, key, value, mask), **CLOSE[BF16])
 
 
+@pytest.mark.parametrize("queries", [3, 1])
+def test_whole_rows_of_a_cache_with_their_lengths(operators: Any, queries: int) -> None:
+    """What lies behind a length is not seen, whatever the mask of the other forms is; rows of different lengths."""
+    query = leaf(2, 4, queries, 16, dtype=BF16).detach()
+    rows = [leaf(2, 2, 12, 16, seed=seed, dtype=BF16).detach() for seed in (1, 2)]
+    lengths = [8, 5]
+    last = torch.tensor(lengths)[:, None, None] - queries + torch.arange(queries)[:, None]
+    places = torch.arange(8)[None, None] <= last
+    expected = reference.attend_rows(query, *(x[:, :, :8] for x in rows), places[:, None])
+    for mask in (None, places[:, None]):
+        for behind in (0.0, float("nan")):
+            kept = [x.clone() for x in rows]
+            for x in kept:
+                x[0, :, 8:], x[1, :, 5:] = behind, behind
+            got = npu_attention.attend_rows(query, *kept, mask, lengths=lengths)
+            torch.testing.assert_close(got, expected, **CLOSE[BF16])
+    for form in (attend_rows, cuda_attention.attend_rows, reference.attend_rows):
+        torch.testing.assert_close(form(query, *rows, places[:, None], lengths=lengths), expected, **CLOSE[BF16])
+    prefill = npu_attention.attend_rows(query[:1], *(x[:1] for x in rows), None, lengths=[queries + 2])
+    torch.testing.assert_close(prefill, reference.attend_rows(query[:1], *(x[:1, :, :queries + 2] for x in rows), None),
+                               **CLOSE[BF16])
+
+
+def test_the_cache_hands_over_its_rows_as_they_lie(operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill, a further chunk, a step of rows of other lengths: no copy of keys and values, no mask of their size."""
+    cache = KVCache([1], 3, 32, 2, 16, dtype=BF16, device=torch.device("cpu"))
+    plain = KVCache([1], 3, 32, 2, 16, dtype=BF16, device=torch.device("cpu"))
+    start = cache._memory[1].data_ptr()
+    end = start + cache._memory[1].nbytes
+    seen: list[tuple[tuple[int, ...], bool, int, list[int] | None]] = []
+
+    def record(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        mask = options["atten_mask"]
+        seen.append((tuple(key.shape), all(start <= x.data_ptr() < end for x in (key, value)),
+                     0 if mask is None else mask.shape[-1], options["actual_seq_lengths_kv"]))
+        return operators.npu_fused_infer_attention_score(query, key, value, **options)
+
+    monkeypatch.setattr(sys.modules["torch_npu"], "npu_fused_infer_attention_score", record)
+    passes = [[Piece(0, 0, [1] * 5), Piece(1, 0, [1] * 3)], [Piece(0, 5, [1] * 4)],
+              [Piece(0, 9, [1]), Piece(1, 3, [1])],
+              [Piece(0, 10, [1] * 2, False, [0, 0], torch.eye(2, dtype=torch.bool))]]
+    for number, pieces in enumerate(passes):
+        count = sum(len(piece.tokens) for piece in pieces)
+        new = [leaf(count, heads, 16, seed=seed + 3 * number, dtype=BF16).detach() for seed, heads in
+               enumerate((4, 2, 2))]
+        found = []
+        for each, choices in ((cache, choose(Situation("npu", "Ascend910B2"))), (plain, [])):
+            each.begin(pieces)
+            with forms_in_use(choices, "cpu"):
+                found.append(each.attend(1, *new))
+            each.end()
+        torch.testing.assert_close(*found, **CLOSE[BF16])
+    assert seen == [((1, 2, 32, 16), True, 2048, [5]), ((1, 2, 32, 16), True, 2048, [3]),
+                    ((1, 2, 32, 16), True, 2048, [9]), ((2, 2, 32, 16), True, 0, [10, 4]),
+                    ((1, 2, 12, 16), False, 12, None)]
+
+
 def test_weight_gradient(operators: Any) -> None:
     x, grad = leaf(11, 5, dtype=BF16).detach(), leaf(11, 3, seed=1, dtype=BF16).detach()
     got, expected = leaf(3, 5, dtype=FP32).detach(), leaf(3, 5, dtype=FP32).detach()
     npu_linear.accumulate_grouped(x, grad, got)
     reference.accumulate_weight_gradient(x, grad, expected)
     torch.testing.assert_close(got, expected)
+
+
+def test_weight_gradient_beyond_the_width_of_the_operator(operators: Any) -> None:
+    """An output layer of a large vocabulary, and a layer with as many inputs: both by the portable form."""
+    assert limits.GROUPED_WIDTH == 65535
+    for wide_in, wide_out in ((4, 65536), (65536, 4), (4, 65535)):
+        x, grad = leaf(3, wide_in, dtype=BF16).detach(), leaf(3, wide_out, seed=1, dtype=BF16).detach()
+        got, expected = torch.ones(wide_out, wide_in), torch.ones(wide_out, wide_in)
+        CALLED.clear()
+        npu_linear.accumulate_grouped(x, grad, got)
+        reference.accumulate_weight_gradient(x, grad, expected)
+        torch.testing.assert_close(got, expected, **CLOSE[BF16])
+        assert bool(CALLED) == (max(wide_in, wide_out) <= 65535)
+    with pytest.raises(RuntimeError, match="last dimension"):
+        operators.npu_grouped_matmul_add_(torch.ones(1, 65536, 4), torch.ones(3, 65536, dtype=BF16),
+                                          torch.ones(3, 4, dtype=BF16), torch.tensor([3]))
+
+
+def test_the_end_of_the_group_is_on_the_device_once(operators: Any) -> None:
+    npu_linear.one_group.cache_clear()
+    for tokens in (11, 11, 7, 11):
+        npu_linear.accumulate_grouped(leaf(tokens, 5, dtype=BF16).detach(), leaf(tokens, 3, dtype=BF16).detach(),
+                                      torch.zeros(3, 5))
+    assert npu_linear.one_group.cache_info()[:2] == (2, 2)  # hits, misses
+
+
+@pytest.mark.parametrize(("product", "is_fused"), [
+    ("Ascend910B1", True), ("Ascend910B2C", True), ("Ascend910_9392", True), ("Ascend950DT", True), ("", True),
+    ("Ascend910A", False), ("Ascend910ProB", False), ("Ascend310P3", False)])
+def test_weight_gradient_by_product(operators: Any, product: str, is_fused: bool) -> None:
+    situation = Situation("npu", product, wishes=frozenset({"gradient_accumulation_fusion"}))
+    (choice,) = [each for each in choose(situation) if each.operation == "weight_gradient"]
+    assert (choice.form.run is npu_linear.accumulate_grouped) == is_fused
+    assert is_fused or f"it is documented for Atlas A2, Atlas A3, Ascend 950 and not for {product}" in str(choice)
 
 
 def test_weight_gradient_of_mindspeed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,14 +278,23 @@ def test_the_compressed_mask_is_made_once(operators: Any) -> None:
      "npu_fusion_attention: query, key and value need one dtype and have bfloat16, float32"),
     (lambda: npu_attention.attention(*heads(4, 4, 6, 2, BF16), cu_seqlens=[0, 4]), "a batch of 1 and not 2"),
     (lambda: npu_attention.attention(*heads(4, 4, 6, 1, BF16), cu_seqlens=[1, 4]), "must rise from 0 to 4"),
-    (lambda: npu_attention.attend_rows(*(leaf(1, 2, 3, 8, dtype=FP32) for _ in range(3)), None),
+    (lambda: npu_attention.attend_rows(*(leaf(1, 2, 3, 16, dtype=FP32) for _ in range(3)), None),
      "npu_fused_infer_attention_score: it takes float16, bfloat16 and not float32"),
     (lambda: npu_linear.accumulate_grouped(leaf(4, 2, dtype=BF16), leaf(4, 2, dtype=BF16), leaf(2, 2, dtype=BF16)),
      "npu_grouped_matmul_add_: it adds to a float32 gradient and not to bfloat16"),
     (lambda: npu_linear.gathered_product(leaf(4, 1, 128, dtype=BF16), leaf(128, 8, dtype=BF16), "x", 2),
      "npu_all_gather_base_mm: it takes products over 256 to 65534 features and not over 128"),
     (lambda: npu_linear.scattered_product(leaf(6, 1, 256, dtype=BF16), leaf(256, 8, dtype=BF16), "x", 3),
-     "npu_mm_reduce_scatter_base: it takes 2, 4, 8 tensor parallel ranks and not 3"),
+     "npu_mm_reduce_scatter_base: it takes 2, 4, 8, 16 tensor parallel ranks and not 3"),
+    (lambda: npu_attention.attend_rows(*(leaf(1, 2, 3, 24, dtype=BF16) for _ in range(3)), None),
+     "npu_fused_infer_attention_score: it takes head sizes that are multiples of 16 and not 24"),
+    (lambda: npu_attention.attend_rows(leaf(1, 1, 1, 16, dtype=BF16), *(
+        torch.empty(1, 1, 262145, 16, dtype=BF16) for _ in range(2)), None),
+     "npu_fused_infer_attention_score: it takes steps over rows of up to 262144 tokens and not of 262145"),
+    (lambda: npu_attention.attend_rows(*(leaf(1, 2, 3, 16, dtype=BF16) for _ in range(3)),
+                                       torch.ones(1, 2, 3, 3, dtype=torch.bool)), "it takes one mask for all heads"),
+    (lambda: npu_attention.attention(*(torch.empty(1_000_001, 1, 1, 1, dtype=BF16) for _ in range(3))),
+     "npu_fusion_attention: it takes samples of up to 1000000 tokens and not of 1000001"),
 ])
 def test_limits_are_checked_before_the_call(call: Any, words: str) -> None:
     """No torch_npu is needed to be told; one sentence with a way out."""

@@ -15,7 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from modellink.checks.wishes import KERNELS
 from modellink.ops import reference
 from modellink.ops.adamw import FusedAdamW
-from modellink.ops.attention import attend_rows, attention, lower_right
+from modellink.ops.attention import attend_rows, attention, lower_right, torch_attend_rows
 from modellink.ops.cross_entropy import vocab_parallel_cross_entropy
 from modellink.ops.forms import Choice, Form, Situation, form_of, forms_in_use
 from modellink.ops.parallel_linear import torch_accumulate
@@ -255,7 +255,9 @@ def test_the_whole_npu_row_for_bf16() -> None:
 
 
 @pytest.mark.parametrize(("changes", "reason"), [
-    ({"tensor": 3}, "it takes 2, 4, 8 tensor parallel ranks and not 3"),
+    ({"tensor": 3}, "it takes 2, 4, 8, 16 tensor parallel ranks and not 3"),
+    ({"tensor": 16, "product": "Ascend910B2"}, "it takes 2, 4, 8 tensor parallel ranks and not 16"),
+    ({"product": "Ascend950DT"}, "it is documented for Atlas A2, Atlas A3 and not for Ascend950DT"),
     ({"is_sequence_parallel": False}, "it needs --sequence-parallel"),
     ({"has_adapters": True}, "layers with LoRA adapters have no such form"),
     ({"widths": (4096, 128)}, "it takes products over 256 to 65534 features and not over 128"),
@@ -265,6 +267,29 @@ def test_why_mc2_does_not_run(changes: dict[str, Any], reason: str) -> None:
     values: dict[str, Any] = {"tensor": 2, "is_sequence_parallel": True, "wishes": frozenset({"use_mc2"}), **changes}
     choice = next(c for c in choose(Situation("npu", **values)) if c.operation == "column_linear")
     assert choice.form.run is None and reason in str(choice)
+
+
+def test_mc2_over_16_ranks_is_for_atlas_a3() -> None:
+    for product, is_fused in (("Ascend910_9392", True), ("Ascend910B2", False)):
+        got = names(Situation("npu", product, tensor=16, is_sequence_parallel=True, wishes=frozenset({"use_mc2"})))
+        assert got["column_linear"].startswith("MC2") == got["row_linear"].startswith("MC2") == is_fused
+
+
+def test_a_product_that_the_pages_do_not_name_gets_the_portable_forms() -> None:
+    got = names(Situation("npu", "Ascend910A", tensor=2, is_sequence_parallel=True, wishes=frozenset({
+        "use_mc2", "gradient_accumulation_fusion"})))
+    assert {operation for operation, name in got.items() if "npu_" in name} == {"rms_norm"}  # its page names none
+    reason = "not npu_swiglu: it is documented for Atlas A2, Atlas A3, Ascend 950 and not for Ascend910A"
+    assert reason in "\n".join(describe(Situation("npu", "Ascend910A")))
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"head_dim": 72}, "it takes head sizes that are multiples of 16 and not 72"),
+    ({"heads": 130, "groups": 2}, "it takes up to 64 heads to a key/value group and not 130 heads with 2 groups")])
+def test_what_attention_over_a_cache_does_not_take(changes: dict[str, Any], reason: str) -> None:
+    (choice,) = [c for c in choose(Situation("npu", **changes)) if c.operation == "cached_attention"]
+    assert choice.form.run is torch_attend_rows and reason in str(choice)
+    assert names(Situation("npu", **changes))["attention"].startswith("npu_fusion_attention")
 
 
 def test_mindspeed_is_asked_for_and_missing() -> None:

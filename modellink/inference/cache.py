@@ -64,6 +64,8 @@ class KVCache:
                         for layer in layer_numbers} if is_int8 else {}
         self._pieces: Sequence[Piece] = ()
         self._masks: list[Tensor | None] = []
+        # tokens of the rows of each call, None where its mask says more than they do
+        self._lengths: list[list[int] | None] = []
         self._is_step = False
         self._places: tuple[Tensor, Tensor] = (self.positions, self.positions)
         self._longest = 0
@@ -95,10 +97,12 @@ class KVCache:
             lowest = min(piece.start for piece in pieces)
             mask = None if lowest + 1 == longest else torch.arange(longest) <= starts[:, None]
             self._masks = [None if mask is None else mask[:, None, None].to(self._device)]
+            self._lengths = [[piece.start + 1 for piece in pieces]]
         else:
             places = [piece.start + offset for piece in pieces for offset in piece.offsets or range(len(piece.tokens))]
             self.positions = torch.tensor(places).to(self._device)
             self._masks = [self._mask(piece) for piece in pieces]
+            self._lengths = [[piece.start + len(piece.tokens)] if piece.mask is None else None for piece in pieces]
 
     @property
     def longest(self) -> int:
@@ -120,6 +124,7 @@ class KVCache:
         self.positions, self._longest = positions, end
         self._places = torch.arange(len(positions), device=self._device), positions
         self._masks = [(torch.arange(end, device=self._device) <= positions[:, None])[:, None, None]]
+        self._lengths = [None]  # the positions of a later step are known on the device alone
 
     def _mask(self, piece: Piece) -> Tensor | None:
         count = len(piece.tokens)
@@ -149,19 +154,21 @@ class KVCache:
             self._write(layer, 0, (rows, slice(None), places), key)
             self._write(layer, 1, (rows, slice(None), places), value)
             count = query.shape[0]
-            out = attend_rows(query[:, :, None], self._read(layer, 0, slice(count), self._longest),
-                              self._read(layer, 1, slice(count), self._longest), self._masks[0])
+            lengths = self._lengths[0]
+            keys, values = (self._read(layer, which, slice(count), self._longest, lengths is not None)
+                            for which in (0, 1))
+            out = attend_rows(query[:, :, None], keys, values, self._masks[0], lengths=lengths)
             return out.reshape(count, -1)
         parts, first = [], 0
-        for piece, mask in zip(self._pieces, self._masks, strict=True):
+        for piece, mask, lengths in zip(self._pieces, self._masks, self._lengths, strict=True):
             last = first + len(piece.tokens)
             end = piece.start + len(piece.tokens)
-            row = slice(piece.row, piece.row + 1)
             for which, new in enumerate((key, value)):
                 self._write(layer, which, (piece.row, slice(None), slice(piece.start, end)),
                             new[first:last].transpose(0, 1))
-            out = attend_rows(query[first:last].transpose(0, 1)[None], self._read(layer, 0, row, end),
-                              self._read(layer, 1, row, end), mask)
+            row = slice(piece.row, piece.row + 1)
+            keys, values = (self._read(layer, which, row, end, lengths is not None) for which in (0, 1))
+            out = attend_rows(query[first:last].transpose(0, 1)[None], keys, values, mask, lengths=lengths)
             parts.append(out[0].transpose(0, 1).reshape(last - first, -1))
             first = last
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -175,11 +182,12 @@ class KVCache:
         self._memory[layer][which][place] = (new / scales).nan_to_num_(0.0).round_().to(torch.int8)
         self._scales[layer][which][place] = scales[..., 0]
 
-    def _read(self, layer: int, which: int, rows: slice, end: int) -> Tensor:
-        held = self._memory[layer][which][rows, :, :end]
+    def _read(self, layer: int, which: int, rows: slice, end: int, is_whole: bool = False) -> Tensor:
+        """Keys or values; `is_whole`: what lies behind `end` may come along, so that they need not be cut out."""
+        whole = self._memory[layer][which][rows]
         if not self.is_int8:
-            return held
-        return (held * self._scales[layer][which][rows, :, :end, None]).to(self._dtype)
+            return whole if is_whole else whole[:, :, :end]
+        return (whole[:, :, :end] * self._scales[layer][which][rows, :, :end, None]).to(self._dtype)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """`target` holds the first `count` tokens of `source` and nothing else."""

@@ -1,5 +1,6 @@
 """Causal attention with grouped queries; the scores are never held."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -54,7 +55,8 @@ def lower_right(query_length: int, key_length: int, device: torch.device) -> Ten
     return torch.arange(key_length, device=device)[None] <= rows[:, None]
 
 
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
+                lengths: Sequence[int] | None = None) -> Tensor:
     """Attention with the batch first, as keys and values lie in a cache.
 
     Args:
@@ -62,16 +64,29 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
         key, value: [batch, groups, key_length, head_dim].
         mask: True where a query sees a key, broadcastable to [batch, heads, query_length, key_length]; None: all keys
             for a single query, causal for as many queries as keys.
+        lengths: given when key and value are whole rows: so many tokens of each row are read, the queries are the last
+            of them, and each sees those up to itself. `mask` must say the same of the first max(lengths) keys; a form
+            takes whichever of the two it can use.
 
     Returns:
         [batch, heads, query_length, head_dim].
     """
-    return form_of("cached_attention", query.device.type, torch_attend_rows)(query, key, value, mask, scale)
+    form = form_of("cached_attention", query.device.type, torch_attend_rows)
+    return form(query, key, value, mask, scale, lengths=lengths)
 
 
-def torch_attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-                      scale: float | None = None) -> Tensor:
+def longest_rows(key: Tensor, value: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """The part of key and value that the mask of `attend_rows` is about."""
+    if lengths is None:
+        return key, value
+    end = max(lengths)
+    return key[:, :, :end], value[:, :, :end]
+
+
+def torch_attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
+                      lengths: Sequence[int] | None = None) -> Tensor:
     """The portable form."""
+    key, value = longest_rows(key, value, lengths)
     causal = mask is None and query.shape[2] == key.shape[2] > 1
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale,
                                         enable_gqa=query.shape[1] != key.shape[1])

@@ -3,7 +3,7 @@
 Nothing here is fast or saves memory. Sums and exponentials are taken in fp32, or in fp64 for fp64 tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,8 +111,11 @@ class _Attention(torch.autograd.Function):
         return ((grad_scores @ k).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None)
 
 
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
+                lengths: Sequence[int] | None = None) -> Tensor:
     """As `modellink.ops.attention.attend_rows`."""
+    if lengths is not None:
+        key, value = key[:, :, :max(lengths)], value[:, :, :max(lengths)]
     rows, columns = query.shape[2], key.shape[2]
     if mask is None:
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)

@@ -36,11 +36,13 @@ CPU, CUDA, NPU, COMPILING = ("cpu",), ("cuda",), ("npu",), ("cpu", "cuda")
 
 
 def _attention(situation: Situation) -> str | None:
-    return limits.attention_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
+    return limits.product_problem(situation.product) or limits.attention_problem(
+        situation.dtype, situation.head_dim, situation.heads, situation.groups)
 
 
 def _cached_attention(situation: Situation) -> str | None:
-    return limits.cached_attention_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
+    return limits.product_problem(situation.product) or limits.cached_attention_problem(
+        situation.dtype, situation.head_dim, situation.heads, situation.groups)
 
 
 def _compile(situation: Situation) -> str | None:
@@ -84,7 +86,8 @@ def _mc2(situation: Situation) -> str | None:
         return "it needs --sequence-parallel with tensor parallel ranks"
     if situation.has_adapters:
         return "layers with LoRA adapters have no such form"
-    problems = (limits.mc2_problem(situation.dtype, situation.tensor, width) for width in situation.widths)
+    problems = (limits.mc2_problem(situation.dtype, situation.tensor, width, situation.product)
+                for width in situation.widths)
     return next((problem for problem in problems if problem), None)
 
 
@@ -116,11 +119,11 @@ def _inside_product(situation: Situation) -> str | None:
 
 
 def _grouped(situation: Situation) -> str | None:
-    if "950" not in situation.product:
-        return f"documented for Ascend950 and not for {situation.product or 'this product'}"
-    if not has_operator("npu_grouped_matmul_add_"):
+    problem = (_accumulates(situation) or limits.product_problem(situation.product)
+               or limits.dtype_problem(situation.dtype, limits.HALF))
+    if problem is None and not has_operator("npu_grouped_matmul_add_"):
         return "this torch_npu has no npu_grouped_matmul_add_"
-    return _accumulates(situation) or limits.dtype_problem(situation.dtype, limits.HALF)
+    return problem
 
 
 # operation -> its forms, fastest first; the last one is the reference, always usable
@@ -134,14 +137,16 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("plain formulas", reference.rms_norm),
     ),
     "rotary": (
-        Form("npu_rotary_mul", pointwise.rotate, NPU, lambda s: limits.rotary_problem(s.dtype, s.head_dim)),
+        Form("npu_rotary_mul", pointwise.rotate, NPU,
+             lambda s: limits.product_problem(s.product) or limits.rotary_problem(s.dtype, s.head_dim)),
         Form("torch.compile of the formulas", compiled.rotate, COMPILING, _compile),
         Form("rotary of liger-kernel", cuda_pointwise.rotate, CUDA, _liger_rotary),
         Form("elementwise torch operations", rotary.torch_rotate),
         Form("plain formulas", reference.rotate),
     ),
     "swiglu": (
-        Form("npu_swiglu", pointwise.swiglu, NPU, lambda s: dtype_problem(s.dtype)),
+        Form("npu_swiglu", pointwise.swiglu, NPU,
+             lambda s: limits.product_problem(s.product) or dtype_problem(s.dtype)),
         Form("torch.compile of the formulas", compiled.swiglu, COMPILING, _compile),
         Form("SwiGLU of liger-kernel", cuda_pointwise.swiglu, CUDA, _liger_swiglu),
         Form("elementwise torch operations", swiglu.torch_swiglu),
@@ -184,7 +189,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
     ),
     "weight_gradient": (
         Form("npu_matmul_add_fp32 of mindspeed", npu_linear.accumulate_mindspeed, NPU, _mindspeed),
-        Form("npu_grouped_matmul_add_", npu_linear.accumulate_grouped, NPU, _grouped),
+        Form(f"npu_grouped_matmul_add_ up to {limits.GROUPED_WIDTH} features, product and addition beyond",
+             npu_linear.accumulate_grouped, NPU, _grouped),
         Form("added to the main gradient inside the product", parallel_linear.torch_accumulate, (), _inside_product),
         Form("added to the main gradient behind the product", parallel_linear.torch_accumulate, (), _accumulates),
         Form("a gradient of its own, added by megatron-core", None),

@@ -122,6 +122,9 @@ def operator_samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "npu_fused_infer_attention_score step": ((step, *rows[1:]), {
             "atten_mask": torch.zeros(2, 1, 1, 12, dtype=torch.bool), "num_heads": 4, "num_key_value_heads": 2,
             "scale": 0.25, "input_layout": "BNSD"}),
+        "npu_fused_infer_attention_score lengths": ((step, *rows[1:]), {
+            "actual_seq_lengths_kv": [12, 7], "num_heads": 4, "num_key_value_heads": 2, "scale": 0.25,
+            "input_layout": "BNSD"}),
         "npu_grouped_matmul_add_": ((draw(1, 24, 16, dtype=torch.float32), draw(12, 24), draw(12, 16),
                                      torch.tensor([12])), {}),
     }

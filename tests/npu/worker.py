@@ -2,7 +2,7 @@
 
 CASES.<rank>.record receives which npu:: operators ran, how often, the autograd nodes that called them, and which other
 operators ran on npu tensors. A stand-in for MindSpeed can be imported. With EVERY_DTYPE=1 the products of MC2 and of
-weight gradients take fp32 too; PRODUCT is what the device says it is.
+weight gradients take fp32 too.
 """
 
 import json
@@ -10,7 +10,6 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import patch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parent / "stand_in")]
 
@@ -19,15 +18,11 @@ from mindspeed.ops import npu_matmul_add  # noqa: E402
 from npu_contracts import every_dtype  # noqa: E402
 from simulator import simulated_npu  # noqa: E402
 
-from modellink.device.npu import NpuDevice  # noqa: E402
-
 
 def main(cases_path: str) -> None:
     with simulated_npu() as kernels, ExitStack() as stack:
         if "EVERY_DTYPE" in os.environ:
             stack.enter_context(every_dtype())
-        if "PRODUCT" in os.environ:
-            stack.enter_context(patch.object(NpuDevice, "product_name", lambda self: os.environ["PRODUCT"]))
         ladder.main(cases_path)
     record = Path(cases_path).with_suffix(f".{os.environ.get('RANK', 0)}.record")
     record.write_text(json.dumps({"calls": kernels.calls | {"mindspeed": npu_matmul_add.calls},

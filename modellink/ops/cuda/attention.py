@@ -5,13 +5,14 @@ no mask and no fp32, and math holds all scores. So what flash cannot do is given
 query heads, which leaves it the memory-efficient kernel.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from modellink.ops.attention import torch_attend_rows, torch_attention
+from modellink.ops.attention import longest_rows, torch_attend_rows, torch_attention
 from modellink.ops.cuda.library import boundaries
 from modellink.ops.cuda.limits import flash_problem, require
 from modellink.ops.limits import packed_problem, same_dtype_problem
@@ -47,11 +48,13 @@ def repeated_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: floa
                            cu_seqlens=cu_seqlens)
 
 
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
+                lengths: Sequence[int] | None = None) -> Tensor:
     """As `modellink.ops.attention.attend_rows`: the heads of a group are further queries of one head.
 
     A step of decoding reads keys and values once for the whole group, and no kernel need know of groups.
     """
+    key, value = longest_rows(key, value, lengths)
     rows, heads, length, head_dim = query.shape
     groups = key.shape[1]
     if mask is None and length > 1:  # causal: further queries would stand behind the last position

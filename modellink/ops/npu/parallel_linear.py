@@ -5,6 +5,7 @@ parallelism. A gather in one direction is a reduce-scatter in the other. An oper
 the group, so none starts while another collective of the group is under way.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modellink.ops.npu.library import torch_npu
-from modellink.ops.npu.limits import mc2_problem, require, weight_gradient_problem
-from modellink.ops.parallel_linear import accumulate_weight_gradient
+from modellink.ops.npu.limits import GROUPED_WIDTH, mc2_problem, require, weight_gradient_problem
+from modellink.ops.parallel_linear import accumulate_weight_gradient, torch_accumulate
 
 
 def communicator(group: dist.ProcessGroup) -> str:
@@ -112,12 +113,23 @@ def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: 
     return RowLinear.apply(x, weight, group, communicator(group), accumulate)
 
 
+@functools.lru_cache(maxsize=64)  # packed and variable batches have many lengths
+def one_group(tokens: int, device: torch.device) -> Tensor:
+    """[1] int64, the end of the only group: filled on the device once, where a copy of a number would wait for it."""
+    return torch.full((1,), tokens, dtype=torch.int64, device=device)
+
+
 def accumulate_grouped(x: Tensor, grad: Tensor, total: Tensor) -> None:
-    """As `modellink.ops.parallel_linear.accumulate_weight_gradient`, by a grouped product with one group."""
+    """As `modellink.ops.parallel_linear.accumulate_weight_gradient`, by a grouped product with one group.
+
+    The portable form does the layers that are too wide for the operator: the output layer of a large vocabulary.
+    """
     require("npu_grouped_matmul_add_", weight_gradient_problem(x.dtype, total.dtype))
-    ends = torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device)
-    torch_npu().npu_grouped_matmul_add_(total[None], grad, x, ends, transpose_x=True, transpose_weight=False,
-                                        group_type=2)
+    if max(total.shape) > GROUPED_WIDTH:
+        torch_accumulate(x, grad, total)
+        return
+    torch_npu().npu_grouped_matmul_add_(total[None], grad, x, one_group(x.shape[0], x.device), transpose_x=True,
+                                        transpose_weight=False, group_type=2)
 
 
 def accumulate_mindspeed(x: Tensor, grad: Tensor, total: Tensor) -> None:
