@@ -32,6 +32,7 @@ from transformers import Qwen2ForCausalLM
 from modellink.ops import reference
 from modellink.ops.attention import attend_rows, attention, lower_right
 from modellink.ops.forms import Situation, forms_in_use
+from modellink.ops.parallel_linear import accumulate_weight_gradient
 from modellink.ops.rms_norm import rms_norm
 from modellink.ops.rotary import apply_rotary, rotary_table
 from modellink.ops.swiglu import swiglu
@@ -96,6 +97,18 @@ def test_attention_over_a_cache(dtype: torch.dtype, queries: int, keys: int) -> 
     for mask in (lower_right(queries, keys, query.device), rows):
         torch.testing.assert_close(attend_rows(query, key, value, mask),
                                    reference.attend_rows(query, key, value, mask), **CLOSE[dtype])
+
+
+def test_weight_gradient(dtype: torch.dtype) -> None:
+    x, grad = on_device(300, 192, dtype=dtype).detach(), on_device(300, 256, dtype=dtype, seed=1).detach()
+    total = on_device(256, 192, dtype=FP32, seed=2).detach()
+    expected = total.clone()
+    reference.accumulate_weight_gradient(x, grad, expected)
+    accumulate_weight_gradient(x, grad, total)
+    # a GPU rounds nothing to 16 bits; the CPU, which may run this test too, rounds the product
+    is_exact = DEVICE == "cuda" or dtype == FP32
+    close = CLOSE[FP32] if is_exact else {"atol": 0.2, "rtol": 1e-2}
+    torch.testing.assert_close(total, expected, **close)
 
 
 def losses(records: list[dict]) -> list[float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_contracts import addmm_on_cpu
 from test_ops_reference import assert_same, leaf
 from torch import Tensor
 
@@ -19,12 +20,13 @@ from modellink.config.settings import parse_settings
 from modellink.ops import reference
 from modellink.ops.attention import lower_right, torch_attend_rows, torch_attention
 from modellink.ops.cuda import attention as cuda_attention
-from modellink.ops.cuda import library, limits, pointwise
-from modellink.ops.forms import Choice, Situation
+from modellink.ops.cuda import library, limits, parallel_linear, pointwise
+from modellink.ops.forms import Choice, Situation, forms_in_use
+from modellink.ops.parallel_linear import accumulate_weight_gradient, accumulates_weight_gradients, torch_accumulate
 from modellink.ops.table import choose, describe
 from modellink.parallel.dims import ParallelDims
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = {FP32: {"atol": 2e-6, "rtol": 2e-5}, BF16: {"atol": 4e-2, "rtol": 4e-2}}
 GROUPED = {"heads": 40, "groups": 8}
 
@@ -168,6 +170,45 @@ def test_attention_over_a_cache(dtype: torch.dtype, groups: int, queries: int, k
                                    reference.attend_rows(query, key, value, mask), **CLOSE[dtype])
 
 
+def test_weight_gradient_of_16_bits_is_not_rounded() -> None:
+    """One call with the whole product in fp32, in the main gradient's own storage: nothing of 16 bits is added."""
+    for dtype in (BF16, FP16):
+        x, grad = leaf(50, 12, dtype=dtype).detach(), leaf(50, 9, seed=1, dtype=dtype).detach()
+        total = leaf(9, 12, seed=2, dtype=FP32).detach()
+        expected, storage = total.clone(), total.data_ptr()
+        reference.accumulate_weight_gradient(x, grad, expected)
+        with addmm_on_cpu() as called, forms_in_use(choose(Situation("cuda", dtype=dtype)), "cpu"):
+            assert accumulates_weight_gradients("cpu")
+            accumulate_weight_gradient(x, grad, total)
+        assert called == [dtype] and total.data_ptr() == storage
+        torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-6)
+        rounded = leaf(9, 12, seed=2, dtype=FP32).detach()
+        torch_accumulate(x, grad, rounded)
+        assert (rounded - expected).abs().max() > 1e-3
+
+
+def test_weight_gradient_calls_the_operator_as_it_is_registered() -> None:
+    """torch's own shape kernel takes the call; the schema has the sum in its place."""
+    total = torch.zeros(9, 12, device="meta")
+    parallel_linear.accumulate_weight_gradient(torch.zeros(50, 12, device="meta", dtype=BF16),
+                                               torch.zeros(50, 9, device="meta", dtype=BF16), total)
+    assert total.shape == (9, 12) and total.dtype == FP32
+    names = [argument.name for argument in torch.ops.aten.addmm.dtype_out._schema.arguments]
+    assert names == ["self", "mat1", "mat2", "out_dtype", "beta", "alpha", "out"]
+
+
+def test_which_weight_gradient_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without a flag; not where it would cut a graph, in fp32, or under a torch without the operator."""
+    assert chosen(Situation("cuda"))["weight_gradient"].form.run is parallel_linear.accumulate_weight_gradient
+    wide = chosen(Situation("cuda", dtype=FP32))["weight_gradient"]
+    assert wide.form.run is torch_accumulate and "it takes float16, bfloat16 and not float32" in str(wide)
+    graph = chosen(Situation("cuda", wishes=frozenset({"compile", "compile_layer"})))["weight_gradient"]
+    assert graph.form.run is None and "--compile layer makes one graph of the layer" in str(graph)
+    monkeypatch.setattr(torch.ops.aten.addmm, "overloads", lambda: ["default", "out"])
+    older = chosen(Situation("cuda"))["weight_gradient"]
+    assert older.form.run is torch_accumulate and f"addmm of torch {torch.__version__} has no out_dtype" in str(older)
+
+
 def test_a_gpu_with_everything(with_liger: None) -> None:
     got = chosen(Situation("cuda"))
     assert got["rms_norm"].form.run is pointwise.rms_norm and got["rotary"].form.run is pointwise.rotate
@@ -228,6 +269,10 @@ def test_an_older_varlen_attn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> 
     (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 1, BF16), cu_seqlens=[0, 3]), "must rise from 0 to 4"),
     (lambda: cuda_attention.attention(leaf(4, 1, 6, 8, dtype=BF16), *heads(4, 4, 6, 2, 1, FP32)[1:], cu_seqlens=[0, 4]),
      "query, key and value need one dtype"),
+    (lambda: parallel_linear.accumulate_weight_gradient(leaf(4, 8, dtype=BF16), leaf(4, 2, dtype=BF16),
+                                                        leaf(2, 8, dtype=BF16)), "it adds to float32 and not to bf"),
+    (lambda: parallel_linear.accumulate_weight_gradient(leaf(4, 8, dtype=BF16), leaf(4, 2, dtype=FP32),
+                                                        leaf(2, 8, dtype=FP32)), "input and gradient need one dtype"),
 ])
 def test_limits_are_checked_before_the_call(with_liger: None, call: Any, words: str) -> None:
     """One sentence with a way out, whether the kernels are there or not."""

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 
+import torch
+
 from modellink.ops import (
     adamw,
     attention,
@@ -20,6 +22,7 @@ from modellink.ops.cpu import frozen_linear as cpu_frozen_linear
 from modellink.ops.cpu import linear as cpu_linear
 from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.cuda import limits as cuda_limits
+from modellink.ops.cuda import parallel_linear as cuda_linear
 from modellink.ops.cuda import pointwise as cuda_pointwise
 from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
 from modellink.ops.limits import dtype_problem
@@ -98,12 +101,18 @@ def _mindspeed(situation: Situation) -> str | None:
 
 
 def _accumulates(situation: Situation) -> str | None:
-    # on the CPU it saves memory and passes over it; elsewhere it is a wish
-    if situation.device == "cpu":
+    # on CPU and GPU it saves memory and passes over it; on the NPU it is a wish
+    if situation.device in COMPILING:
         return _whole_layer(situation)
     if "gradient_accumulation_fusion" not in situation.wishes:
         return "--gradient-accumulation-fusion is off"
     return None
+
+
+def _addmm(situation: Situation) -> str | None:
+    # the main gradients of training are always fp32
+    return _accumulates(situation) or cuda_limits.weight_gradient_problem(
+        situation.dtype, situation.dtype, torch.float32)
 
 
 def _grouped(situation: Situation) -> str | None:
@@ -175,7 +184,10 @@ TABLE: dict[str, tuple[Form, ...]] = {
     "weight_gradient": (
         Form("npu_matmul_add_fp32 of mindspeed", npu_linear.accumulate_mindspeed, NPU, _mindspeed),
         Form("npu_grouped_matmul_add_", npu_linear.accumulate_grouped, NPU, _grouped),
-        Form("added to the main gradient behind the product", parallel_linear.torch_accumulate, (), _accumulates),
+        Form("addmm of 16-bit factors into the fp32 main gradient", cuda_linear.accumulate_weight_gradient, CUDA,
+             _addmm),
+        Form("added to the main gradient, in fp32 inside the product and in 16 bits behind it",
+             parallel_linear.torch_accumulate, (), _accumulates),
         Form("a gradient of its own, added by megatron-core", None),
         Form("plain formulas", reference.accumulate_weight_gradient),
     ),

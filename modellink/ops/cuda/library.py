@@ -1,4 +1,4 @@
-"""liger-kernel and torch's variable-length attention, looked at when a CUDA form is first considered."""
+"""liger-kernel and young functions of torch, looked at when a CUDA form is first considered."""
 
 import functools
 import importlib
@@ -61,6 +61,16 @@ def varlen_missing(is_grouped: bool) -> str | None:
     needed = ["scale", "window_size", *(["enable_gqa"] if is_grouped else [])]
     missing = [name for name in needed if name not in inspect.signature(varlen_attn).parameters]
     return f"varlen_attn of torch {torch.__version__} has no {', '.join(missing)}" if missing else None
+
+
+def addmm_missing() -> str | None:
+    """None when torch's addmm gives a sum of another dtype than its factors, otherwise a few words why not.
+
+    That the matrix added to may be fp32 too is of torch 2.10, older than every torch that the package installs with.
+    """
+    if "dtype_out" in torch.ops.aten.addmm.overloads():
+        return None
+    return f"addmm of torch {torch.__version__} has no out_dtype"
 
 
 @functools.lru_cache(maxsize=8)
