@@ -31,6 +31,7 @@ from transformers import Qwen2ForCausalLM
 
 from modellink.ops import reference
 from modellink.ops.attention import attend_rows, attention, lower_right
+from modellink.ops.cross_entropy import vocab_parallel_cross_entropy
 from modellink.ops.forms import Situation, forms_in_use
 from modellink.ops.parallel_linear import accumulate_weight_gradient
 from modellink.ops.rms_norm import rms_norm
@@ -109,6 +110,26 @@ def test_weight_gradient(dtype: torch.dtype) -> None:
     is_exact = DEVICE == "cuda" or dtype == FP32
     close = CLOSE[FP32] if is_exact else {"atol": 0.2, "rtol": 1e-2}
     torch.testing.assert_close(total, expected, **close)
+
+
+@pytest.mark.parametrize(("rows", "real"), [(1024, 1003), (9088, 9001)])
+def test_cross_entropy(dtype: torch.dtype, rows: int, real: int) -> None:
+    """Padding rows with large logits, masked and weighted tokens; the gradient is rounded once in any form."""
+    logits = 3 * on_device(40, 2, rows, dtype=dtype).detach()
+    logits[..., real:] = 60.0
+    target = torch.randint(0, real, (40, 2), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    slope = on_device(40, 2, dtype=FP32, seed=2).detach()
+    slope[1:9] = 0.0
+    found = []
+    for function in (vocab_parallel_cross_entropy, reference.vocab_parallel_cross_entropy):
+        x = logits.clone().requires_grad_()
+        loss = function(x * 1, target, None, real)
+        (loss * slope).sum().backward()
+        found.append((loss.detach(), x.grad))
+    (loss, grad), (expected, slopes) = found
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad, slopes)
+    assert grad is not None and not grad[..., real:].any()
 
 
 def losses(records: list[dict]) -> list[float]:

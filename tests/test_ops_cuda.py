@@ -19,7 +19,9 @@ from modellink.config import ConfigError
 from modellink.config.settings import parse_settings
 from modellink.ops import reference
 from modellink.ops.attention import lower_right, torch_attend_rows, torch_attention
+from modellink.ops.cross_entropy import torch_cross_entropy
 from modellink.ops.cuda import attention as cuda_attention
+from modellink.ops.cuda import cross_entropy as cuda_cross_entropy
 from modellink.ops.cuda import library, limits, parallel_linear, pointwise
 from modellink.ops.forms import Choice, Situation, forms_in_use
 from modellink.ops.parallel_linear import accumulate_weight_gradient, accumulates_weight_gradients, torch_accumulate
@@ -37,18 +39,26 @@ def chosen(situation: Situation) -> dict[str, Choice]:
 
 @pytest.fixture
 def with_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """liger-kernel looks installed; nothing of it is called."""
-    for module in (library, limits):
-        monkeypatch.setattr(module, "liger_missing", lambda: None)
+    """liger-kernel and Triton look installed; nothing of them is called."""
+    for name in ("liger_missing", "triton_missing"):
+        for module in (library, limits):
+            monkeypatch.setattr(module, name, lambda: None)
 
 
 @pytest.fixture
-def without_liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """liger-kernel looks absent, whatever is installed."""
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
-    library.liger_missing.cache_clear()
+def looked_at_again() -> Iterator[None]:
+    """What is installed is not known from before, nor remembered."""
+    for function in (library.liger_missing, library.triton_missing):
+        function.cache_clear()
     yield
-    library.liger_missing.cache_clear()
+    for function in (library.liger_missing, library.triton_missing):
+        function.cache_clear()
+
+
+@pytest.fixture
+def without_liger(looked_at_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """liger-kernel and Triton look absent, whatever is installed."""
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
 
 
 class Kept:
@@ -212,6 +222,7 @@ def test_which_weight_gradient_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_with_everything(with_liger: None) -> None:
     got = chosen(Situation("cuda"))
     assert got["rms_norm"].form.run is pointwise.rms_norm and got["rotary"].form.run is pointwise.rotate
+    assert got["cross_entropy"].form.run is cuda_cross_entropy.cross_entropy
     assert got["swiglu"].form.run is pointwise.swiglu and got["attention"].form.run is cuda_attention.attention
     assert got["cached_attention"].form.run is torch_attend_rows  # as many groups as heads: nothing to fold
     assert chosen(Situation("cuda", **GROUPED))["cached_attention"].form.run is cuda_attention.attend_rows
@@ -222,6 +233,26 @@ def test_what_is_used_without_liger(without_liger: None) -> None:
     for operation in ("RMSNorm", "rotary", "SwiGLU"):
         assert f"not {operation} of liger-kernel: triton is not installed; pip install 'modellink[cuda]'" in lines
     assert "swiglu: elementwise torch operations" in lines
+    loss = chosen(Situation("cuda"))["cross_entropy"]
+    assert loss.form.run is torch_cross_entropy
+    assert "gradient in place: triton is not installed; pip install 'modellink[cuda]'" in str(loss)
+
+
+def test_what_is_missing_is_named(looked_at_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton without liger-kernel is enough for the loss; without a C compiler neither runs."""
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None if name == "liger_kernel" else "found")
+    monkeypatch.setenv("CC", "cc")
+    got = chosen(Situation("cuda"))
+    assert got["cross_entropy"].form.run is cuda_cross_entropy.cross_entropy
+    assert "not RMSNorm of liger-kernel: liger-kernel is not installed" in str(got["rms_norm"])
+    library.liger_missing.cache_clear()
+    library.triton_missing.cache_clear()
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    got = chosen(Situation("cuda"))
+    for operation in ("cross_entropy", "rms_norm"):
+        assert "triton finds no C compiler to start its kernels with; install gcc" in str(got[operation])
+    assert got["cross_entropy"].form.run is torch_cross_entropy
 
 
 def test_fp32_keeps_its_heads_apart(with_liger: None) -> None:
@@ -236,6 +267,7 @@ def test_fp32_keeps_its_heads_apart(with_liger: None) -> None:
 @pytest.mark.parametrize(("changes", "operation", "reason"), [
     ({"head_dim": 200}, "attention", "head sizes up to 192 that 8 divides, and not 200"),
     ({"head_dim": 20}, "attention", "head sizes up to 192 that 8 divides, and not 20"),
+    ({"dtype": torch.float64}, "cross_entropy", "it takes float16, bfloat16, float32 and not float64"),
     ({"dtype": torch.float64}, "rms_norm", "it takes float16, bfloat16, float32 and not float64"),
     ({"hidden": 70000}, "rms_norm", "it takes rows of up to 65536 features and not 70000"),
     ({"ffn": 70000}, "swiglu", "it takes rows of up to 65536 features and not 70000"),
@@ -269,6 +301,8 @@ def test_an_older_varlen_attn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> 
     (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 1, BF16), cu_seqlens=[0, 3]), "must rise from 0 to 4"),
     (lambda: cuda_attention.attention(leaf(4, 1, 6, 8, dtype=BF16), *heads(4, 4, 6, 2, 1, FP32)[1:], cu_seqlens=[0, 4]),
      "query, key and value need one dtype"),
+    (lambda: cuda_cross_entropy.cross_entropy(leaf(4, 1, 8), torch.zeros(4, 1, dtype=torch.int64), None, 8),
+     "cross-entropy in Triton: it takes float16, bfloat16, float32 and not float64"),
     (lambda: parallel_linear.accumulate_weight_gradient(leaf(4, 8, dtype=BF16), leaf(4, 2, dtype=BF16),
                                                         leaf(2, 8, dtype=BF16)), "it adds to float32 and not to bf"),
     (lambda: parallel_linear.accumulate_weight_gradient(leaf(4, 8, dtype=BF16), leaf(4, 2, dtype=FP32),

@@ -21,6 +21,7 @@ from modellink.ops.cpu import attention as cpu_attention
 from modellink.ops.cpu import frozen_linear as cpu_frozen_linear
 from modellink.ops.cpu import linear as cpu_linear
 from modellink.ops.cuda import attention as cuda_attention
+from modellink.ops.cuda import cross_entropy as cuda_cross_entropy
 from modellink.ops.cuda import limits as cuda_limits
 from modellink.ops.cuda import parallel_linear as cuda_linear
 from modellink.ops.cuda import pointwise as cuda_pointwise
@@ -174,6 +175,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
     "cross_entropy": (
         Form("chunks of tokens, derivative beside the loss (vocabulary parallel: gradient in place)",
              cross_entropy.cpu_cross_entropy, CPU),
+        Form("Triton, one pass over the logits, vocabulary parallel, gradient in place",
+             cuda_cross_entropy.cross_entropy, CUDA, lambda s: cuda_limits.loss_problem(s.dtype)),
         Form("chunks of tokens, vocabulary parallel, gradient in place", cross_entropy.torch_cross_entropy),
         Form("plain formulas", reference.vocab_parallel_cross_entropy),
     ),

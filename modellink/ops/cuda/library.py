@@ -1,4 +1,4 @@
-"""liger-kernel and young functions of torch, looked at when a CUDA form is first considered."""
+"""Triton, liger-kernel and young functions of torch, looked at when a CUDA form is first considered."""
 
 import functools
 import importlib
@@ -34,13 +34,23 @@ def liger(operation: str) -> Any:
 
 
 @functools.cache
-def liger_missing() -> str | None:
-    """None when liger-kernel's functions can be had, otherwise a few words why not."""
-    for package, name in (("triton", "triton"), ("liger_kernel", "liger-kernel")):
-        if importlib.util.find_spec(package) is None:
-            return f"{name} is not installed; pip install 'modellink[cuda]'"
+def triton_missing() -> str | None:
+    """None when Triton can compile kernels here, otherwise a few words why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'modellink[cuda]'"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton finds no C compiler to start its kernels with; install gcc or name one with CC"
+    return None
+
+
+@functools.cache
+def liger_missing() -> str | None:
+    """None when liger-kernel's functions can be had, otherwise a few words why not."""
+    problem = triton_missing()
+    if problem is not None:
+        return problem
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed; pip install 'modellink[cuda]'"
     try:
         for operation in LIGER:
             liger(operation)

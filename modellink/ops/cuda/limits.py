@@ -1,4 +1,4 @@
-"""What liger-kernel, flash attention and addmm take, as checks before the call.
+"""What Triton kernels, flash attention and addmm take, as checks before the call.
 
 Sources: liger_kernel/ops of liger-kernel 0.8.5 (the dtypes it maps to Triton's, MAX_FUSED_SIZE), Triton's largest block
 (2^20 elements), the conditions under which torch's flash attention runs (aten/src/ATen/native/transformers/cuda), and
@@ -9,7 +9,7 @@ None.
 import torch
 
 from modellink.config import ConfigError
-from modellink.ops.cuda.library import addmm_missing, liger_missing, varlen_missing
+from modellink.ops.cuda.library import addmm_missing, liger_missing, triton_missing, varlen_missing
 from modellink.ops.forms import name_of_dtype
 from modellink.ops.limits import HALF, dtype_problem
 
@@ -47,6 +47,11 @@ def rotary_problem(dtype: torch.dtype, head_dim: int, heads: int) -> str | None:
 def liger_problem(problem: str | None) -> str | None:
     """First whether liger-kernel is there at all, then what a kernel of it says."""
     return liger_missing() or problem
+
+
+def loss_problem(dtype: torch.dtype) -> str | None:
+    """Our kernels of the cross-entropy; a vocabulary of any size."""
+    return triton_missing() or dtype_problem(dtype)
 
 
 def flash_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) -> str | None:
