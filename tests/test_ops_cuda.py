@@ -13,6 +13,7 @@ import torch
 from cuda_contracts import addmm_on_cpu
 from test_ops_reference import assert_same, leaf
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from modellink.checks.wishes import wish_notices
 from modellink.config import ConfigError
@@ -178,6 +179,34 @@ def test_attention_over_a_cache(dtype: torch.dtype, groups: int, queries: int, k
     for mask in (lower_right(queries, keys, query.device), tree, rows, rows.expand(2, 1, queries, keys), each):
         torch.testing.assert_close(cuda_attention.attend_rows(query, key, value, mask),
                                    reference.attend_rows(query, key, value, mask), **CLOSE[dtype])
+
+
+class Asked(TorchFunctionMode):
+    """Notes how scaled_dot_product_attention is called: key/value heads, and whether it is to know of groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, bool]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append((args[1].shape[1], kwargs.get("enable_gqa", False)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "count", "knows_groups"), [(FP32, 6, False), (BF16, 2, True), (FP16, 2, True)])
+def test_a_prompt_keeps_its_scores_out_of_memory(dtype: torch.dtype, count: int, knows_groups: bool) -> None:
+    """With grouped queries only flash attention does so, in 16 bits; in fp32 every head gets keys and values."""
+    query, key, value = (x.permute(1, 2, 0, 3).detach() for x in heads(7, 7, 6, 2, 2, dtype))
+    with Asked() as asked:
+        got = cuda_attention.attend_rows(query, key, value, None)
+    assert asked.calls == [(count, knows_groups)]
+    close = {"atol": 5e-3, "rtol": 5e-3} if dtype == FP16 else CLOSE[dtype]
+    torch.testing.assert_close(got, reference.attend_rows(query, key, value, None), **close)
+    with Asked() as asked:  # what needs no groups, and a head size that flash attention does not take
+        cuda_attention.attend_rows(query[:, :, :1], key, value, None)
+        cuda_attention.attend_rows(*(torch.zeros(1, n, 5, 20, dtype=BF16) for n in (6, 2, 2)), None)
+    assert asked.calls == [(2, False), (6, False)]
 
 
 def test_weight_gradient_of_16_bits_is_not_rounded() -> None:
