@@ -42,7 +42,7 @@ npu-venv: needs-gcc $(NPU_STAMP)
 needs-gcc:
 	@command -v gcc > /dev/null || { echo "make test-npu compiles stub CANN libraries: install gcc first."; exit 1; }
 
-# liger-kernel's Triton kernels in the CUDA forms, interpreted on the CPU (docs/cuda.md)
+# the Triton kernels of the CUDA forms, liger-kernel's and ours, interpreted on the CPU (docs/cuda.md)
 test-triton: $(TRITON_STAMP)
 	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
 		$(TRITON_VENV)/bin/python -m pytest -p no:cacheprovider tests/liger

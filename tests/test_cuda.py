@@ -31,7 +31,9 @@ from transformers import Qwen2ForCausalLM
 
 from modellink.ops import reference
 from modellink.ops.attention import attend_rows, attention, lower_right
+from modellink.ops.cross_entropy import vocab_parallel_cross_entropy
 from modellink.ops.forms import Situation, forms_in_use
+from modellink.ops.parallel_linear import accumulate_weight_gradient
 from modellink.ops.rms_norm import rms_norm
 from modellink.ops.rotary import apply_rotary, rotary_table
 from modellink.ops.swiglu import swiglu
@@ -96,6 +98,38 @@ def test_attention_over_a_cache(dtype: torch.dtype, queries: int, keys: int) -> 
     for mask in (lower_right(queries, keys, query.device), rows):
         torch.testing.assert_close(attend_rows(query, key, value, mask),
                                    reference.attend_rows(query, key, value, mask), **CLOSE[dtype])
+
+
+def test_weight_gradient(dtype: torch.dtype) -> None:
+    x, grad = on_device(300, 192, dtype=dtype).detach(), on_device(300, 256, dtype=dtype, seed=1).detach()
+    total = on_device(256, 192, dtype=FP32, seed=2).detach()
+    expected = total.clone()
+    reference.accumulate_weight_gradient(x, grad, expected)
+    accumulate_weight_gradient(x, grad, total)
+    # a GPU rounds nothing to 16 bits; the CPU, which may run this test too, rounds the product
+    is_exact = DEVICE == "cuda" or dtype == FP32
+    close = CLOSE[FP32] if is_exact else {"atol": 0.2, "rtol": 1e-2}
+    torch.testing.assert_close(total, expected, **close)
+
+
+@pytest.mark.parametrize(("rows", "real"), [(1024, 1003), (9088, 9001)])
+def test_cross_entropy(dtype: torch.dtype, rows: int, real: int) -> None:
+    """Padding rows with large logits, masked and weighted tokens; the gradient is rounded once in any form."""
+    logits = 3 * on_device(40, 2, rows, dtype=dtype).detach()
+    logits[..., real:] = 60.0
+    target = torch.randint(0, real, (40, 2), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    slope = on_device(40, 2, dtype=FP32, seed=2).detach()
+    slope[1:9] = 0.0
+    found = []
+    for function in (vocab_parallel_cross_entropy, reference.vocab_parallel_cross_entropy):
+        x = logits.clone().requires_grad_()
+        loss = function(x * 1, target, None, real)
+        (loss * slope).sum().backward()
+        found.append((loss.detach(), x.grad))
+    (loss, grad), (expected, slopes) = found
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad, slopes)
+    assert grad is not None and not grad[..., real:].any()
 
 
 def losses(records: list[dict]) -> list[float]:

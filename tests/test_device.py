@@ -11,7 +11,7 @@ import torch
 
 from modellink.config import ConfigError
 from modellink.config.settings import parse_settings
-from modellink.device.cuda import driver_version
+from modellink.device.cuda import CudaDevice, driver_version
 from modellink.device.retarget import Rewrite
 from modellink.device.select import describe_devices, select_device
 from modellink.device.specs import find_spec, peak_line
@@ -97,6 +97,31 @@ def test_auto_takes_a_usable_device_and_asking_for_another_says_why() -> None:
                 select_device(name)
             assert len(error.value.problems) == 1
             assert error.value.problems[0].startswith(f"--device {name}: ")
+
+
+@pytest.mark.parametrize("value, advice", [
+    (None, "check the driver with nvidia-smi"),
+    ("7", "CUDA_VISIBLE_DEVICES is set to '7': compare it with the GPUs that nvidia-smi lists"),
+    ("", "CUDA_VISIBLE_DEVICES is set to '', which hides every device")])
+@pytest.mark.parametrize("words", [None, "No CUDA GPUs are available\nmore"])
+def test_a_variable_that_may_hide_the_gpus_is_named(value: str | None, advice: str, words: str | None,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch answers as on a machine whose only GPU has number 0; with words of the driver and without."""
+    def init() -> None:
+        if words is not None:
+            raise RuntimeError(words)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    reason = CudaDevice().unusable_reason()
+    assert reason is not None and advice in reason and "\n" not in reason
+    if value != "":
+        said = "torch sees no usable GPU" if words is None else f"CUDA does not start ({words.splitlines()[0]})"
+        assert reason == f"{said}; {advice}"
 
 
 @pytest.mark.parametrize("content, version", [

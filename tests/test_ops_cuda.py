@@ -10,21 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_contracts import addmm_on_cpu
 from test_ops_reference import assert_same, leaf
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from modellink.checks.wishes import wish_notices
 from modellink.config import ConfigError
 from modellink.config.settings import parse_settings
 from modellink.ops import reference
 from modellink.ops.attention import lower_right, torch_attend_rows, torch_attention
+from modellink.ops.cross_entropy import torch_cross_entropy
 from modellink.ops.cuda import attention as cuda_attention
-from modellink.ops.cuda import library, limits, pointwise
-from modellink.ops.forms import Choice, Situation
+from modellink.ops.cuda import cross_entropy as cuda_cross_entropy
+from modellink.ops.cuda import library, limits, parallel_linear, pointwise
+from modellink.ops.forms import Choice, Situation, forms_in_use
+from modellink.ops.parallel_linear import accumulate_weight_gradient, accumulates_weight_gradients, torch_accumulate
 from modellink.ops.table import choose, describe
 from modellink.parallel.dims import ParallelDims
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = {FP32: {"atol": 2e-6, "rtol": 2e-5}, BF16: {"atol": 4e-2, "rtol": 4e-2}}
 GROUPED = {"heads": 40, "groups": 8}
 
@@ -35,18 +40,26 @@ def chosen(situation: Situation) -> dict[str, Choice]:
 
 @pytest.fixture
 def with_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """liger-kernel looks installed; nothing of it is called."""
-    for module in (library, limits):
-        monkeypatch.setattr(module, "liger_missing", lambda: None)
+    """liger-kernel and Triton look installed; nothing of them is called."""
+    for name in ("liger_missing", "triton_missing"):
+        for module in (library, limits):
+            monkeypatch.setattr(module, name, lambda: None)
 
 
 @pytest.fixture
-def without_liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """liger-kernel looks absent, whatever is installed."""
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
-    library.liger_missing.cache_clear()
+def looked_at_again() -> Iterator[None]:
+    """What is installed is not known from before, nor remembered."""
+    for function in (library.liger_missing, library.triton_missing):
+        function.cache_clear()
     yield
-    library.liger_missing.cache_clear()
+    for function in (library.liger_missing, library.triton_missing):
+        function.cache_clear()
+
+
+@pytest.fixture
+def without_liger(looked_at_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """liger-kernel and Triton look absent, whatever is installed."""
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
 
 
 class Kept:
@@ -168,9 +181,77 @@ def test_attention_over_a_cache(dtype: torch.dtype, groups: int, queries: int, k
                                    reference.attend_rows(query, key, value, mask), **CLOSE[dtype])
 
 
+class Asked(TorchFunctionMode):
+    """Notes how scaled_dot_product_attention is called: key/value heads, and whether it is to know of groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, bool]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append((args[1].shape[1], kwargs.get("enable_gqa", False)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "count", "knows_groups"), [(FP32, 6, False), (BF16, 2, True), (FP16, 2, True)])
+def test_a_prompt_keeps_its_scores_out_of_memory(dtype: torch.dtype, count: int, knows_groups: bool) -> None:
+    """With grouped queries only flash attention does so, in 16 bits; in fp32 every head gets keys and values."""
+    query, key, value = (x.permute(1, 2, 0, 3).detach() for x in heads(7, 7, 6, 2, 2, dtype))
+    with Asked() as asked:
+        got = cuda_attention.attend_rows(query, key, value, None)
+    assert asked.calls == [(count, knows_groups)]
+    close = {"atol": 5e-3, "rtol": 5e-3} if dtype == FP16 else CLOSE[dtype]
+    torch.testing.assert_close(got, reference.attend_rows(query, key, value, None), **close)
+    with Asked() as asked:  # what needs no groups, and a head size that flash attention does not take
+        cuda_attention.attend_rows(query[:, :, :1], key, value, None)
+        cuda_attention.attend_rows(*(torch.zeros(1, n, 5, 20, dtype=BF16) for n in (6, 2, 2)), None)
+    assert asked.calls == [(2, False), (6, False)]
+
+
+def test_weight_gradient_of_16_bits_is_not_rounded() -> None:
+    """One call with the whole product in fp32, in the main gradient's own storage: nothing of 16 bits is added."""
+    for dtype in (BF16, FP16):
+        x, grad = leaf(50, 12, dtype=dtype).detach(), leaf(50, 9, seed=1, dtype=dtype).detach()
+        total = leaf(9, 12, seed=2, dtype=FP32).detach()
+        expected, storage = total.clone(), total.data_ptr()
+        reference.accumulate_weight_gradient(x, grad, expected)
+        with addmm_on_cpu() as called, forms_in_use(choose(Situation("cuda", dtype=dtype)), "cpu"):
+            assert accumulates_weight_gradients("cpu")
+            accumulate_weight_gradient(x, grad, total)
+        assert called == [dtype] and total.data_ptr() == storage
+        torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-6)
+        rounded = leaf(9, 12, seed=2, dtype=FP32).detach()
+        torch_accumulate(x, grad, rounded)
+        assert (rounded - expected).abs().max() > 1e-3
+
+
+def test_weight_gradient_calls_the_operator_as_it_is_registered() -> None:
+    """torch's own shape kernel takes the call; the schema has the sum in its place."""
+    total = torch.zeros(9, 12, device="meta")
+    parallel_linear.accumulate_weight_gradient(torch.zeros(50, 12, device="meta", dtype=BF16),
+                                               torch.zeros(50, 9, device="meta", dtype=BF16), total)
+    assert total.shape == (9, 12) and total.dtype == FP32
+    names = [argument.name for argument in torch.ops.aten.addmm.dtype_out._schema.arguments]
+    assert names == ["self", "mat1", "mat2", "out_dtype", "beta", "alpha", "out"]
+
+
+def test_which_weight_gradient_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without a flag; not where it would cut a graph, in fp32, or under a torch without the operator."""
+    assert chosen(Situation("cuda"))["weight_gradient"].form.run is parallel_linear.accumulate_weight_gradient
+    wide = chosen(Situation("cuda", dtype=FP32))["weight_gradient"]
+    assert wide.form.run is torch_accumulate and "it takes float16, bfloat16 and not float32" in str(wide)
+    graph = chosen(Situation("cuda", wishes=frozenset({"compile", "compile_layer"})))["weight_gradient"]
+    assert graph.form.run is None and "--compile layer makes one graph of the layer" in str(graph)
+    monkeypatch.setattr(torch.ops.aten.addmm, "overloads", lambda: ["default", "out"])
+    older = chosen(Situation("cuda"))["weight_gradient"]
+    assert older.form.run is torch_accumulate and f"addmm of torch {torch.__version__} has no out_dtype" in str(older)
+
+
 def test_a_gpu_with_everything(with_liger: None) -> None:
     got = chosen(Situation("cuda"))
     assert got["rms_norm"].form.run is pointwise.rms_norm and got["rotary"].form.run is pointwise.rotate
+    assert got["cross_entropy"].form.run is cuda_cross_entropy.cross_entropy
     assert got["swiglu"].form.run is pointwise.swiglu and got["attention"].form.run is cuda_attention.attention
     assert got["cached_attention"].form.run is torch_attend_rows  # as many groups as heads: nothing to fold
     assert chosen(Situation("cuda", **GROUPED))["cached_attention"].form.run is cuda_attention.attend_rows
@@ -181,6 +262,26 @@ def test_what_is_used_without_liger(without_liger: None) -> None:
     for operation in ("RMSNorm", "rotary", "SwiGLU"):
         assert f"not {operation} of liger-kernel: triton is not installed; pip install 'modellink[cuda]'" in lines
     assert "swiglu: elementwise torch operations" in lines
+    loss = chosen(Situation("cuda"))["cross_entropy"]
+    assert loss.form.run is torch_cross_entropy
+    assert "gradient in place: triton is not installed; pip install 'modellink[cuda]'" in str(loss)
+
+
+def test_what_is_missing_is_named(looked_at_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton without liger-kernel is enough for the loss; without a C compiler neither runs."""
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None if name == "liger_kernel" else "found")
+    monkeypatch.setenv("CC", "cc")
+    got = chosen(Situation("cuda"))
+    assert got["cross_entropy"].form.run is cuda_cross_entropy.cross_entropy
+    assert "not RMSNorm of liger-kernel: liger-kernel is not installed" in str(got["rms_norm"])
+    library.liger_missing.cache_clear()
+    library.triton_missing.cache_clear()
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    got = chosen(Situation("cuda"))
+    for operation in ("cross_entropy", "rms_norm"):
+        assert "triton finds no C compiler to start its kernels with; install gcc" in str(got[operation])
+    assert got["cross_entropy"].form.run is torch_cross_entropy
 
 
 def test_fp32_keeps_its_heads_apart(with_liger: None) -> None:
@@ -195,6 +296,7 @@ def test_fp32_keeps_its_heads_apart(with_liger: None) -> None:
 @pytest.mark.parametrize(("changes", "operation", "reason"), [
     ({"head_dim": 200}, "attention", "head sizes up to 192 that 8 divides, and not 200"),
     ({"head_dim": 20}, "attention", "head sizes up to 192 that 8 divides, and not 20"),
+    ({"dtype": torch.float64}, "cross_entropy", "it takes float16, bfloat16, float32 and not float64"),
     ({"dtype": torch.float64}, "rms_norm", "it takes float16, bfloat16, float32 and not float64"),
     ({"hidden": 70000}, "rms_norm", "it takes rows of up to 65536 features and not 70000"),
     ({"ffn": 70000}, "swiglu", "it takes rows of up to 65536 features and not 70000"),
@@ -228,6 +330,12 @@ def test_an_older_varlen_attn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> 
     (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 1, BF16), cu_seqlens=[0, 3]), "must rise from 0 to 4"),
     (lambda: cuda_attention.attention(leaf(4, 1, 6, 8, dtype=BF16), *heads(4, 4, 6, 2, 1, FP32)[1:], cu_seqlens=[0, 4]),
      "query, key and value need one dtype"),
+    (lambda: cuda_cross_entropy.cross_entropy(leaf(4, 1, 8), torch.zeros(4, 1, dtype=torch.int64), None, 8),
+     "cross-entropy in Triton: it takes float16, bfloat16, float32 and not float64"),
+    (lambda: parallel_linear.accumulate_weight_gradient(leaf(4, 8, dtype=BF16), leaf(4, 2, dtype=BF16),
+                                                        leaf(2, 8, dtype=BF16)), "it adds to float32 and not to bf"),
+    (lambda: parallel_linear.accumulate_weight_gradient(leaf(4, 8, dtype=BF16), leaf(4, 2, dtype=FP32),
+                                                        leaf(2, 8, dtype=FP32)), "input and gradient need one dtype"),
 ])
 def test_limits_are_checked_before_the_call(with_liger: None, call: Any, words: str) -> None:
     """One sentence with a way out, whether the kernels are there or not."""

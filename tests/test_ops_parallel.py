@@ -51,16 +51,16 @@ def linears(rank: int, dtype: torch.dtype, column: Any, row: Any, accumulate: bo
     return found
 
 
-def losses(rank: int, function: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def losses(rank: int, function: Any, real: int = REAL) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     logits = 3 * tensor(LENGTH, BATCH, RANKS * ROWS, seed=4, dtype=torch.float32)
-    target = torch.randint(0, REAL, (LENGTH, BATCH), generator=torch.Generator().manual_seed(5))
+    target = torch.randint(0, real, (LENGTH, BATCH), generator=torch.Generator().manual_seed(5))
     slope = tensor(LENGTH, BATCH, seed=6, dtype=torch.float32)
     whole = logits.clone().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(whole[..., :REAL].flatten(0, 1), target.flatten(), reduction="none")
+    expected = torch.nn.functional.cross_entropy(whole[..., :real].flatten(0, 1), target.flatten(), reduction="none")
     (expected.view_as(slope) * slope).sum().backward()
     assert whole.grad is not None
     part = own(logits, rank, 2)
-    loss = function(part * 1, target, dist.group.WORLD, REAL)
+    loss = function(part * 1, target, dist.group.WORLD, real)
     (loss * slope).sum().backward()
     return {"loss": (loss, expected.view_as(slope)), "slope": (part.grad, whole.grad.chunk(RANKS, 2)[rank])}
 

@@ -8,7 +8,7 @@ from modellink.parallel.dims import ParallelDims
 # wish -> (devices where modellink.ops has a form for it, the form used elsewhere)
 KERNELS: dict[str, tuple[frozenset[str], str]] = {
     "use_flash_attn": (frozenset({"cuda", "npu"}), "tiles of queries or torch's scaled_dot_product_attention"),
-    "use_fused_rmsnorm": (frozenset({"cuda", "npu"}), "torch's rms_norm"),
+    "use_fused_rmsnorm": (frozenset({"cuda", "npu"}), "RMSNorm by parts of rows, torch's for few"),
     "use_fused_rotary_pos_emb": (frozenset({"cuda", "npu"}), "rotary embedding of elementwise operations"),
     "use_fused_swiglu": (frozenset({"cuda", "npu"}), "SwiGLU of elementwise operations"),
     "use_mc2": (frozenset({"npu"}), "matrix product, then its communication"),
@@ -49,12 +49,14 @@ def _instead(fields: list[str], device: str, reason: Callable[[], str | None] = 
 
 def _cannot_be_off(settings: Settings, device: str) -> dict[str, str]:
     """Kernels that run whether they are wished for or not: field, what always happens."""
-    if device == "cpu":
-        if settings.device.compile == "layer":  # the only way to be without it there
-            return {}
-        return {"gradient_accumulation_fusion": "weight gradients are always added to the fp32 gradient as they are "
-                                                "computed, which saves memory"}
-    return {field: f"{what} takes its fused form wherever that can compute the run" for field, what in UNASKED.items()}
+    always = {}
+    if device in ("cpu", "cuda") and settings.device.compile != "layer":  # the only way to be without it there
+        always["gradient_accumulation_fusion"] = ("weight gradients are always added to the fp32 gradient as they are "
+                                                  "computed, which saves memory")
+    if device != "cpu":
+        always |= {field: f"{what} takes its fused form wherever that can compute the run"
+                   for field, what in UNASKED.items()}
+    return always
 
 
 def _no_graphs(settings: Settings, dims: ParallelDims, device: str) -> str:

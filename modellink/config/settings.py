@@ -99,7 +99,8 @@ class DeviceSettings:
     jit_compile: bool = flag(False, "wish: operator compilation on the NPU")
     masked_softmax_fusion: bool = flag(False, "wish: fused masked softmax; attention here never holds the scores")
     gradient_accumulation_fusion: bool = flag(
-        False, "wish: add weight gradients to the fp32 gradient as they are computed; on cpu always so")
+        False, "wish: the backward of a layer adds its weight gradient to the main gradient, on npu inside the matrix "
+        "product where an operator does so; cpu and cuda always add there, except under --compile layer")
     use_deter_comp: bool = flag(
         False, "training: the same run gives the same bits again; slower, and an operation that cannot do so ends the "
         "run", names=["--deterministic-mode"])

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from modellink.device.options import DeviceOptions, make_deterministic
-from modellink.device.visible import visibility_problem
+from modellink.device.visible import setting_of, visibility_problem
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 # cuBLAS: https://docs.nvidia.com/cuda/cublas/#results-reproducibility. NCCL: reductions in the switch (NVLS) add in an
 # order of their own; megatron-core's deterministic mode asks for an algorithm as well
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
@@ -67,7 +68,7 @@ class CudaDevice:
         if torch.version.cuda is None:
             return f"this torch ({torch.__version__}) was built without CUDA; install a CUDA build of torch"
         if not torch.cuda.is_available():
-            return visibility_problem("CUDA_VISIBLE_DEVICES") or _start_problem()
+            return visibility_problem(VISIBLE) or _start_problem()
         return None
 
     def prepare(self, options: DeviceOptions) -> None:
@@ -122,9 +123,11 @@ def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 
 def _start_problem() -> str:
-    """Why CUDA does not start, in the driver's words where it has any."""
+    """Why CUDA does not start, in the driver's words where it has any; a list of visible GPUs may be the cause."""
+    shown = setting_of(VISIBLE)
+    advice = f"{shown}: compare it with the GPUs that nvidia-smi lists" if shown else "check the driver with nvidia-smi"
     try:
         torch.cuda.init()
     except RuntimeError as error:
-        return f"CUDA does not start ({str(error).splitlines()[0].rstrip('.')}); check the driver with nvidia-smi"
-    return "torch sees no usable GPU; check the driver with nvidia-smi"
+        return f"CUDA does not start ({str(error).splitlines()[0].rstrip('.')}); {advice}"
+    return f"torch sees no usable GPU; {advice}"

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 import torch
 
 
+def setting_of(variable: str, environment: Mapping[str, str] = os.environ) -> str:
+    """`VARIABLE is set to 'value'`; empty when it is unset."""
+    return f"{variable} is set to '{environment[variable]}'" if variable in environment else ""
+
+
 def visibility_problem(variable: str, environment: Mapping[str, str] = os.environ, *, ascending: bool = False,
                        ) -> str | None:
     """What is wrong with the variable that says which devices a process sees; None when nothing is, or it is unset.
@@ -19,13 +24,13 @@ def visibility_problem(variable: str, environment: Mapping[str, str] = os.enviro
     if value is None:
         return None
     if value.strip() in ("", "-1", "NoDevFiles"):
-        return f"{variable} is set to '{value}', which hides every device; unset it or name the devices to use"
+        return f"{setting_of(variable, environment)}, which hides every device; unset it or name the devices to use"
     if not ascending:
         return None
     ids = value.split(",")
     if not all(word.isdigit() for word in ids) or [int(word) for word in ids] != sorted({int(word) for word in ids}):
-        return (f"{variable} is set to '{value}', but must be device numbers in rising order with commas and no spaces "
-                "between them, for example 0,1,2; correct or unset it")
+        return (f"{setting_of(variable, environment)}, but must be device numbers in rising order with commas and no "
+                "spaces between them, for example 0,1,2; correct or unset it")
     return None
 
 

@@ -22,7 +22,9 @@ from modellink.ops.cpu import frozen_linear as cpu_frozen_linear
 from modellink.ops.cpu import linear as cpu_linear
 from modellink.ops.cpu import rms_norm as cpu_rms_norm
 from modellink.ops.cuda import attention as cuda_attention
+from modellink.ops.cuda import cross_entropy as cuda_cross_entropy
 from modellink.ops.cuda import limits as cuda_limits
+from modellink.ops.cuda import parallel_linear as cuda_linear
 from modellink.ops.cuda import pointwise as cuda_pointwise
 from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
 from modellink.ops.limits import dtype_problem
@@ -104,8 +106,8 @@ def _mindspeed(situation: Situation) -> str | None:
 
 
 def _accumulates(situation: Situation) -> str | None:
-    # on the CPU it saves memory and passes over it; elsewhere it is a wish
-    if situation.device == "cpu":
+    # on CPU and GPU it saves memory and passes over it; on the NPU it is a wish
+    if situation.device in COMPILING:
         return _whole_layer(situation)
     if "gradient_accumulation_fusion" not in situation.wishes:
         return "--gradient-accumulation-fusion is off"
@@ -116,6 +118,12 @@ def _inside_product(situation: Situation) -> str | None:
     if situation.dtype != torch.float32:
         return f"the product is in {name_of_dtype(situation.dtype)} and the main gradient in float32"
     return _accumulates(situation)
+
+
+def _addmm(situation: Situation) -> str | None:
+    # the main gradients of training are always fp32
+    return _accumulates(situation) or cuda_limits.weight_gradient_problem(
+        situation.dtype, situation.dtype, torch.float32)
 
 
 def _grouped(situation: Situation) -> str | None:
@@ -180,6 +188,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
     "cross_entropy": (
         Form("chunks of tokens, derivative beside the loss", cross_entropy.cpu_cross_entropy, CPU,
              lambda s: cross_entropy.one_rank_problem(s.dtype, is_split=s.tensor > 1)),
+        Form("Triton, one pass over the logits, vocabulary parallel, gradient in place",
+             cuda_cross_entropy.cross_entropy, CUDA, lambda s: cuda_limits.loss_problem(s.dtype)),
         Form("chunks of tokens, vocabulary parallel, gradient in place", cross_entropy.torch_cross_entropy),
         Form("plain formulas", reference.vocab_parallel_cross_entropy),
     ),
@@ -191,6 +201,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
         Form("npu_matmul_add_fp32 of mindspeed", npu_linear.accumulate_mindspeed, NPU, _mindspeed),
         Form(f"npu_grouped_matmul_add_ up to {limits.GROUPED_WIDTH} features, product and addition beyond",
              npu_linear.accumulate_grouped, NPU, _grouped),
+        Form("addmm of 16-bit factors into the fp32 main gradient", cuda_linear.accumulate_weight_gradient, CUDA,
+             _addmm),
         Form("added to the main gradient inside the product", parallel_linear.torch_accumulate, (), _inside_product),
         Form("added to the main gradient behind the product", parallel_linear.torch_accumulate, (), _accumulates),
         Form("a gradient of its own, added by megatron-core", None),

@@ -1,6 +1,6 @@
 """Trains a tiny model in the forms of the CPU and in those that a GPU would get: `python cuda_forms.py FOLDER`.
 
-The choice of forms is told of a GPU; the tensors stay on the CPU and liger-kernel's kernels are interpreted.
+The choice of forms is told of a GPU; the tensors stay on the CPU and Triton kernels are interpreted. In fp32 and bf16.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cuda_contracts import addmm_on_cpu  # noqa: E402
 from interpreted import complete_interpreter  # noqa: E402
 from ladder import main, read_metrics  # noqa: E402
 
@@ -32,16 +33,20 @@ if __name__ == "__main__":
              "--micro-batch-size", "2", "--global-batch-size", "2", "--lr", "1e-3", "--eval-iters", "0",
              "--train-iters", "3"]
     complete_interpreter()
-    for name, situation in (("cpu", real_situation), ("cuda", situation_on_cuda)):
-        (folder / f"{name}.json").write_text(json.dumps([[*words, "--metrics-file", str(folder / f"{name}.jsonl")]]))
+    cases = [(f"{name}{kind}", situation, flags) for kind, flags in (("", []), ("-bf16", ["--bf16"]))
+             for name, situation in (("cpu", real_situation), ("cuda", situation_on_cuda))]
+    for name, situation, flags in cases:
+        (folder / f"{name}.json").write_text(json.dumps(
+            [[*words, *flags, "--metrics-file", str(folder / f"{name}.jsonl")]]))
 
-        def told(run: Any, device: Any, situation: Any = situation) -> Situation:
+        def told(run: Any, device: Any, name: str = name, situation: Any = situation) -> Situation:
             result = situation(run, device)
-            found["forms"] = {choice.operation: choice.form.name for choice in choose(result)}
+            found[f"{name}_forms"] = {choice.operation: choice.form.name for choice in choose(result)}
             return result
 
-        with patch.object(forms, "situation_of", told):
+        with patch.object(forms, "situation_of", told), addmm_on_cpu() as called:
             main(str(folder / f"{name}.json"))
+        found[f"{name}_sums"] = len(called)
         records = read_metrics(folder / f"{name}.jsonl")
         found[name] = [record["loss"] for record in records]
         found[f"{name}_norms"] = [record["grad_norm"] for record in records]

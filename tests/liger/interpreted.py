@@ -1,4 +1,4 @@
-"""liger-kernel's Triton kernels on CPU tensors; test modules call `require_interpreter` before anything else.
+"""Triton kernels on CPU tensors; test modules call `require_interpreter` before anything else.
 
 Triton's interpreter runs the kernels' Python with numpy, and differs from the compiler in four things that the kernels
 of liger-kernel need. They are set right here, in the interpreter and not in the kernels: it hands numbers over bare,

@@ -7,7 +7,7 @@ require_interpreter()
 import json  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -108,15 +108,30 @@ def test_operations_dispatch_to_them() -> None:
     assert names == ["LigerRMSNormFunctionBackward", "LigerFusedGateUpSiLUMulFunctionBackward"]
 
 
-def test_training_gives_the_same_losses(tmp_path: Path) -> None:
-    """A model, three steps, in the forms of a GPU and in those of the CPU."""
-    save_tiny(tmp_path / "weights", num_hidden_layers=2, num_key_value_heads=2)
-    done = subprocess.run([sys.executable, str(REPO / "tests" / "liger" / "cuda_forms.py"), str(tmp_path)], cwd=REPO,
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model, three steps, in the forms of a GPU and in those of the CPU, in fp32 and bf16."""
+    folder = tmp_path_factory.mktemp("trained")
+    save_tiny(folder / "weights", num_hidden_layers=2, num_key_value_heads=2)
+    done = subprocess.run([sys.executable, str(REPO / "tests" / "liger" / "cuda_forms.py"), str(folder)], cwd=REPO,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
-    found = json.loads((tmp_path / "losses.json").read_text())
-    assert found["forms"]["rms_norm"] == "RMSNorm of liger-kernel"
-    assert found["forms"]["swiglu"] == "SwiGLU of liger-kernel" and found["forms"]["rotary"] == "rotary of liger-kernel"
-    assert len(found["cuda"]) == 3
-    assert found["cuda"] == pytest.approx(found["cpu"], abs=1e-5)
-    assert found["cuda_norms"] == pytest.approx(found["cpu_norms"], rel=1e-5)
+    return json.loads((folder / "losses.json").read_text())
+
+
+def test_training_gives_the_same_losses(trained: dict[str, Any]) -> None:
+    names = trained["cuda_forms"]
+    assert names["rms_norm"] == "RMSNorm of liger-kernel"
+    assert names["swiglu"] == "SwiGLU of liger-kernel" and names["rotary"] == "rotary of liger-kernel"
+    assert names["cross_entropy"].startswith("Triton, one pass over the logits")
+    assert len(trained["cuda"]) == 3
+    assert trained["cuda"] == pytest.approx(trained["cpu"], abs=1e-5)
+    assert trained["cuda_norms"] == pytest.approx(trained["cpu_norms"], rel=1e-5)
+
+
+def test_bf16_training_is_near_and_adds_weight_gradients_in_fp32(trained: dict[str, Any]) -> None:
+    """Rounding differs between forms; every linear layer and the head adds its gradient in one product."""
+    assert trained["cuda-bf16_forms"]["weight_gradient"].startswith("addmm of 16-bit factors")
+    assert trained["cuda-bf16"] == pytest.approx(trained["cpu-bf16"], abs=1e-2)
+    assert trained["cuda-bf16_norms"] == pytest.approx(trained["cpu-bf16_norms"], rel=1e-2)
+    assert trained["cuda-bf16_sums"] == 3 * (2 * 4 + 1) and trained["cuda_sums"] == trained["cpu-bf16_sums"] == 0

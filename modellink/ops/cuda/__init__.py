@@ -1,5 +1,5 @@
-"""The fused forms on NVIDIA GPUs: Triton kernels of liger-kernel beside the products, flash attention of torch.
+"""The fused forms on NVIDIA GPUs: Triton kernels of our own and of liger-kernel beside the products, flash attention.
 
-Every call of liger-kernel is in this folder. `limits.py` holds what these kernels take: it decides the choice of forms,
-and is checked again before a call.
+Every call of liger-kernel is in this folder, and every kernel of ours. `limits.py` holds what they take: it decides the
+choice of forms, and is checked again before a call.
 """

@@ -58,6 +58,8 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
     rows, heads, length, head_dim = query.shape
     groups = key.shape[1]
     if mask is None and length > 1:  # causal: further queries would stand behind the last position
+        if flash_problem(query.dtype, head_dim, heads, groups) is not None:
+            key, value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
         return torch_attend_rows(query, key, value, mask, scale)
     folded = query.reshape(rows, groups, -1, head_dim)
     if mask is not None:

@@ -1,4 +1,4 @@
-"""liger-kernel and torch's variable-length attention, looked at when a CUDA form is first considered."""
+"""Triton, liger-kernel and young functions of torch, looked at when a CUDA form is first considered."""
 
 import functools
 import importlib
@@ -34,13 +34,23 @@ def liger(operation: str) -> Any:
 
 
 @functools.cache
-def liger_missing() -> str | None:
-    """None when liger-kernel's functions can be had, otherwise a few words why not."""
-    for package, name in (("triton", "triton"), ("liger_kernel", "liger-kernel")):
-        if importlib.util.find_spec(package) is None:
-            return f"{name} is not installed; pip install 'modellink[cuda]'"
+def triton_missing() -> str | None:
+    """None when Triton can compile kernels here, otherwise a few words why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'modellink[cuda]'"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton finds no C compiler to start its kernels with; install gcc or name one with CC"
+    return None
+
+
+@functools.cache
+def liger_missing() -> str | None:
+    """None when liger-kernel's functions can be had, otherwise a few words why not."""
+    problem = triton_missing()
+    if problem is not None:
+        return problem
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed; pip install 'modellink[cuda]'"
     try:
         for operation in LIGER:
             liger(operation)
@@ -61,6 +71,16 @@ def varlen_missing(is_grouped: bool) -> str | None:
     needed = ["scale", "window_size", *(["enable_gqa"] if is_grouped else [])]
     missing = [name for name in needed if name not in inspect.signature(varlen_attn).parameters]
     return f"varlen_attn of torch {torch.__version__} has no {', '.join(missing)}" if missing else None
+
+
+def addmm_missing() -> str | None:
+    """None when torch's addmm gives a sum of another dtype than its factors, otherwise a few words why not.
+
+    That the matrix added to may be fp32 too is of torch 2.10, older than every torch that the package installs with.
+    """
+    if "dtype_out" in torch.ops.aten.addmm.overloads():
+        return None
+    return f"addmm of torch {torch.__version__} has no out_dtype"
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,14 +1,15 @@
-"""What liger-kernel and flash attention take, as checks before the call.
+"""What Triton kernels, flash attention and addmm take, as checks before the call.
 
 Sources: liger_kernel/ops of liger-kernel 0.8.5 (the dtypes it maps to Triton's, MAX_FUSED_SIZE), Triton's largest block
-(2^20 elements), and the conditions under which torch's flash attention runs (aten/src/ATen/native/transformers/cuda). A
-`..._problem` function gives a few words, or None.
+(2^20 elements), the conditions under which torch's flash attention runs (aten/src/ATen/native/transformers/cuda), and
+what addmm with an out_dtype checks (aten/src/ATen/native/cuda/Blas.cpp). A `..._problem` function gives a few words, or
+None.
 """
 
 import torch
 
 from modellink.config import ConfigError
-from modellink.ops.cuda.library import liger_missing, varlen_missing
+from modellink.ops.cuda.library import addmm_missing, liger_missing, triton_missing, varlen_missing
 from modellink.ops.forms import name_of_dtype
 from modellink.ops.limits import HALF, dtype_problem
 
@@ -48,6 +49,11 @@ def liger_problem(problem: str | None) -> str | None:
     return liger_missing() or problem
 
 
+def loss_problem(dtype: torch.dtype) -> str | None:
+    """Our kernels of the cross-entropy; a vocabulary of any size."""
+    return triton_missing() or dtype_problem(dtype)
+
+
 def flash_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) -> str | None:
     """varlen_attn, which runs flash attention only."""
     if dtype not in HALF:
@@ -60,3 +66,12 @@ def flash_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) ->
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < FLASH_CAPABILITY:
         return "flash attention needs compute capability 8.0 (Ampere) or newer"
     return varlen_missing(heads != groups)
+
+
+def weight_gradient_problem(x: torch.dtype, grad: torch.dtype, total: torch.dtype) -> str | None:
+    """addmm of 16-bit factors into an fp32 sum."""
+    if total != torch.float32:
+        return f"it adds to float32 and not to {name_of_dtype(total)}"
+    if x != grad:
+        return f"input and gradient need one dtype and have {name_of_dtype(x)} and {name_of_dtype(grad)}"
+    return dtype_problem(x, HALF) or addmm_missing()

@@ -1,0 +1,59 @@
+"""Cross-entropy on GPUs in two Triton kernels: one pass over the logits for the loss, one in place for the gradient."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from modellink.ops.cuda.limits import loss_problem, require
+
+# columns that a program of 8 warps holds at a time: 16 in each thread
+_BLOCK, _WARPS = 4096, 8
+
+
+class _TritonCrossEntropy(torch.autograd.Function):
+    """The forward leaves the logits alone, so that a loss has the same bits with and without a gradient, and fp16 keeps
+    small probabilities until the backward brings the loss scale."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, real_rows: int) -> Tensor:
+        from modellink.ops.cuda.triton_cross_entropy import statistics
+
+        size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        rows = logits.shape[-1]
+        x, ids = logits.view(-1, rows), target.reshape(-1)
+        real = min(max(real_rows - rank * rows, 0), rows)  # rows of this rank that are words, not padding
+        maximum = torch.empty(len(ids), device=x.device)
+        sums = torch.empty(2, len(ids), device=x.device)  # [sum of exponentials, target logit]
+        if len(ids):
+            statistics[(len(ids),)](x, ids, maximum, sums[0], sums[1], rank * rows, rows, real, BLOCK=_BLOCK,
+                                    num_warps=_WARPS)
+        if size > 1:
+            own_maximum = maximum.clone()
+            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+            sums[0] *= (own_maximum - maximum).exp()
+            dist.all_reduce(sums, group=group)
+        log_sum = maximum + sums[0].log()
+        ctx.save_for_backward(logits, ids, log_sum)
+        ctx.first, ctx.real = rank * rows, real
+        return (log_sum - sums[1]).view(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        from modellink.ops.cuda.triton_cross_entropy import derivative
+
+        logits, ids, log_sum = ctx.saved_tensors
+        rows, slope = logits.shape[-1], grads[0].reshape(-1).float().contiguous()
+        if len(ids):
+            derivative[len(ids), -(-rows // _BLOCK)](logits, ids, log_sum, slope, ctx.first, rows, ctx.real,
+                                                     BLOCK=_BLOCK, num_warps=_WARPS)
+        # autograd does not see a kernel write: a second backward over these logits has to be refused
+        torch.autograd.graph.increment_version(logits)
+        return logits, None, None, None
+
+
+def cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, real_rows: int) -> Tensor:
+    """As `modellink.ops.cross_entropy.vocab_parallel_cross_entropy`; the backward overwrites the logits."""
+    require("cross-entropy in Triton", loss_problem(logits.dtype))
+    return _TritonCrossEntropy.apply(logits, target, group, real_rows)
