@@ -93,9 +93,8 @@ class KVCache:
     def place(self) -> None:
         """Bring to the device where the tokens of this pass stand and what each of them sees."""
         if self._is_step:
-            self.place_step(torch.tensor(self.starts).to(self._device), self._longest)
-            if min(self.starts) + 1 == self._longest:  # all rows are as long
-                self._masks = [None]
+            self.place_step(torch.tensor(self.starts).to(self._device), self._longest,
+                            is_full=min(self.starts) + 1 == self._longest)
             return
         places = [piece.start + offset for piece in self._pieces
                   for offset in piece.offsets or range(len(piece.tokens))]
@@ -117,16 +116,18 @@ class KVCache:
         """Whether this pass has one token of each of the first rows."""
         return self._is_step
 
-    def place_step(self, positions: Tensor, end: int) -> None:
+    def place_step(self, positions: Tensor, end: int, is_full: bool = False) -> None:
         """`place` for a step, made of the positions by work of the device alone.
 
         Args:
             positions: of the tokens, [n] int64 on the device. While the rows grow only its values change, no shape.
             end: tokens of a row that are read; those behind a position are masked.
+            is_full: every row reaches to the end, and nothing is masked.
         """
         self.positions, self._longest = positions, end
         self._places = torch.arange(len(positions), device=self._device), positions
-        self._masks = [(torch.arange(end, device=self._device) <= positions[:, None])[:, None, None]]
+        seen = None if is_full else torch.arange(end, device=self._device) <= positions[:, None]
+        self._masks = [None if seen is None else seen[:, None, None]]
 
     def _mask(self, piece: Piece) -> Tensor | None:
         count = len(piece.tokens)
