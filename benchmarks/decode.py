@@ -1,7 +1,7 @@
 """Generation in one process against transformers' generate: prefill and decode tokens/s, and bytes of the KV cache.
 
     python benchmarks/decode.py [--device cpu|cuda|npu] [--shape small|0.5b|1.8b|4b|7b] [--layers N] [--batch 1 8 32]
-                                [--precision fp32|bf16] [--output FILE]
+                                [--precision fp32|bf16] [--flags="--cuda-graphs"] [--output FILE]
 
 Both sides load the same random weights of Qwen1.5-0.5B's width, each in a process of its own, in turn; the best of the
 rounds counts, and the ratio is that of the same run. Two jobs for each batch size:
@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -120,7 +121,8 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
 
     run = prepare_run(parse_settings("bench", "", [
         "--load", options.folder, "--tokenizer-name-or-path", options.folder, "--device", options.device,
-        "--kv-cache-dtype", options.kv_cache_dtype, f"--{options.precision}"]), 1, "generate")
+        "--kv-cache-dtype", options.kv_cache_dtype, f"--{options.precision}", *shlex.split(options.flags)]),
+        1, "generate")
     device = start(run)
     from modellink.inference.load import load_engine
     from modellink.inference.request import Request, SamplingSettings
@@ -188,6 +190,7 @@ def measure(side: str, options: argparse.Namespace, folder: Path, kv_cache_dtype
                options.precision, "--device", options.device, "--repeats", str(options.repeats), "--prompt-length",
                str(options.prompt_length), "--new-tokens", str(options.new_tokens), "--kv-cache-dtype", kv_cache_dtype,
                "--clock", options.clock, "--shape", options.shape, "--layers", str(options.layers),
+               f"--flags={options.flags}",
                "--batch", *map(str, options.batch)]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds on the clock, or CPU seconds "
                         "of the process: for a machine that others use too, with OMP_NUM_THREADS=1")
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu", help="where to run")
+    parser.add_argument("--flags", default="", help="further flags of inference.py for our side, in one string")
     parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "decode.json")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -235,7 +239,7 @@ def main() -> None:
                 turns[side].append(measure(side, options, folder))
         small = measure("ours", options, folder, "int8")
     ours, peer, int8 = best_of(turns["ours"]), best_of(turns["peer"]), best_of([small])
-    results: dict[str, Any] = {"shape": shape_of(options), "precision": options.precision,
+    results: dict[str, Any] = {"shape": shape_of(options), "precision": options.precision, "flags": options.flags,
                                "clock": options.clock, "ours": ours, "transformers": peer, "ours_int8_cache": int8}
     results["ratio"] = {batch: {name: rate / peer[batch][name] for name, rate in rates.items()}
                         for batch, rates in ours.items()}

@@ -275,6 +275,7 @@ def test_an_int8_cache_rounds_each_value_by_half_a_step_of_its_head_and_token() 
     key[2, 1] = 0.0
     for cache in (full, small):
         cache.begin([Piece(0, 0, [1, 2, 3, 4]), Piece(1, 0, [5, 6, 7])])
+        cache.place()
         cache.attend(1, torch.randn(7, 6, 16), key, value)
         cache.end()
         cache.copy(0, 1, 3)

@@ -150,7 +150,7 @@ def test_samples_come_as_often_as_they_are_likely() -> None:
     shares = [0.1, 0.4, 0.05, 0.3, 0.15]
     sampler = Sampler(SamplingSettings(greedy=False, top_k=4, seed=3))
     logits, draws = torch.tensor(shares).log(), 4000
-    counts = torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(draws)]), minlength=5).tolist()
+    counts = torch.bincount(torch.stack([sampler.choose(logits) for _ in range(draws)]), minlength=5).tolist()
     assert counts[2] == 0
     for count, share in zip(counts, [0.1, 0.4, 0.0, 0.3, 0.15]):
         p = share / 0.95

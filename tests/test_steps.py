@@ -39,6 +39,8 @@ def test_recorded_steps_give_the_same_answers(name: str, kind: str, close: float
     # most steps came from a recording, and a recording served many
     assert len(found["recorded"]) >= 8 and found["launches"] > 5 * len(found["recorded"])
     assert min(found["recorded"]) > 100
+    # one memory for all of them; a second cache came, and with it new recordings in a new one
+    assert found["pools"] == 2 and found["is_kept"]
 
 
 def test_a_placed_step_reads_what_a_step_reads() -> None:
@@ -54,7 +56,9 @@ def test_a_placed_step_reads_what_a_step_reads() -> None:
         cache.begin([Piece(row, len(cache.tokens[row]), [7]) for row in range(3)])
         assert cache.is_step and cache.longest == 18
         if is_placed:
-            cache.place_step(cache.positions.clone(), 24)
+            cache.place_step(torch.tensor(cache.starts), 24)
+        else:
+            cache.place()
         q, k, v = (torch.randn(3, count, 8, generator=generator) for count in (4, 2, 2))
         outs.append(cache.attend(1, q, k, v))
         cache.end()

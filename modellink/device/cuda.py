@@ -29,30 +29,43 @@ def order_kernels(tensor_ranks: int) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record the kernels that `step` launches as a CUDA graph.
+class GraphCapture:
+    """Records functions as CUDA graphs that share one memory pool and one stream.
 
-    Args:
-        step: reads and writes tensors that stay where they are, and asks for no value of any.
-
-    Returns:
-        A function that launches them again and gives the tensor that they fill, always the same.
+    What a graph makes on its way lies where another of the same pool may write: its result holds until any of them is
+    launched, so take a copy, and launch them on one stream. Memory of the pool is free again when all its graphs are
+    gone; torch then asks for a new pool, so make a new object.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # first calls of libraries allocate and compile, which cannot be recorded
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
 
-    def launch() -> torch.Tensor:
-        graph.replay()
-        return out
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        # also for the warm-up: libraries keep a workspace for each stream, and must not get it from the pool
+        self._stream = torch.cuda.Stream()
 
-    return launch
+    def __call__(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Record the kernels that `step` launches.
+
+        Args:
+            step: reads and writes tensors that stay where they are, moves nothing between host and device, and asks for
+                no value of a tensor.
+
+        Returns:
+            A function that launches them again and gives the tensor that they fill, always the same.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # first calls of libraries allocate and compile, which is not recorded
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            out = step()
+
+        def launch() -> torch.Tensor:
+            graph.replay()
+            return out
+
+        return launch
 
 
 class CudaDevice:

@@ -34,7 +34,8 @@ class Piece:
 class KVCache:
     """Pre-allocated keys and values of the layers of one pipeline stage.
 
-    A pass: `begin` with the pieces whose tokens are packed one piece behind the other, `attend` in each layer, `end`.
+    A pass: `begin` with the pieces whose tokens are packed one piece behind the other, `place`, `attend` in each layer,
+    `end`.
 
     Args:
         layer_numbers: the layers that this rank holds.
@@ -47,7 +48,7 @@ class KVCache:
 
     Attributes:
         tokens: what each row holds. A row that nobody uses any more keeps its tokens: a later prompt may begin so.
-        positions: of the packed tokens of this pass, [n] int64.
+        positions: of the packed tokens of this pass, [n] int64; known between `place` and `end`.
     """
 
     def __init__(self, layer_numbers: Sequence[int], num_rows: int, length: int, num_groups: int, head_dim: int, *,
@@ -90,19 +91,19 @@ class KVCache:
             del self.tokens[piece.row][piece.start:]
         # one token for each of the first rows: a step of generation
         self._is_step = all(piece.row == row and len(piece.tokens) == 1 for row, piece in enumerate(pieces))
+
+    def place(self) -> None:
+        """Bring to the device where the tokens of this pass stand and what each of them sees."""
         if self._is_step:
-            starts = torch.tensor([piece.start for piece in pieces])
-            self.positions = starts.to(self._device)
-            self._places = torch.arange(len(pieces), device=self._device), self.positions
-            lowest = min(piece.start for piece in pieces)
-            mask = None if lowest + 1 == longest else torch.arange(longest) <= starts[:, None]
-            self._masks = [None if mask is None else mask[:, None, None].to(self._device)]
-            self._lengths = [[piece.start + 1 for piece in pieces]]
-        else:
-            places = [piece.start + offset for piece in pieces for offset in piece.offsets or range(len(piece.tokens))]
-            self.positions = torch.tensor(places).to(self._device)
-            self._masks = [self._mask(piece) for piece in pieces]
-            self._lengths = [[piece.start + len(piece.tokens)] if piece.mask is None else None for piece in pieces]
+            self.place_step(torch.tensor(self.starts).to(self._device), self._longest,
+                            is_full=min(self.starts) + 1 == self._longest)
+            self._lengths = [[start + 1 for start in self.starts]]
+            return
+        places = [piece.start + offset for piece in self._pieces
+                  for offset in piece.offsets or range(len(piece.tokens))]
+        self.positions = torch.tensor(places).to(self._device)
+        self._masks = [self._mask(piece) for piece in self._pieces]
+        self._lengths = [[piece.start + len(piece.tokens)] if piece.mask is None else None for piece in self._pieces]
 
     @property
     def longest(self) -> int:
@@ -110,20 +111,27 @@ class KVCache:
         return self._longest
 
     @property
+    def starts(self) -> list[int]:
+        """Tokens of each row of this pass before its new ones."""
+        return [piece.start for piece in self._pieces]
+
+    @property
     def is_step(self) -> bool:
         """Whether this pass has one token of each of the first rows."""
         return self._is_step
 
-    def place_step(self, positions: Tensor, end: int) -> None:
-        """After `begin` of a step: say it in shapes that stay as they are while the rows grow.
+    def place_step(self, positions: Tensor, end: int, is_full: bool = False) -> None:
+        """`place` for a step, made of the positions by work of the device alone.
 
         Args:
-            positions: of the tokens, [n] int64 on the device; only its values change from step to step.
+            positions: of the tokens, [n] int64 on the device. While the rows grow only its values change, no shape.
             end: tokens of a row that are read; those behind a position are masked.
+            is_full: every row reaches to the end, and nothing is masked.
         """
         self.positions, self._longest = positions, end
         self._places = torch.arange(len(positions), device=self._device), positions
-        self._masks = [(torch.arange(end, device=self._device) <= positions[:, None])[:, None, None]]
+        seen = None if is_full else torch.arange(end, device=self._device) <= positions[:, None]
+        self._masks = [None if seen is None else seen[:, None, None]]
         self._lengths = [None]  # the positions of a later step are known on the device alone
 
     def _mask(self, piece: Piece) -> Tensor | None:
@@ -134,7 +142,9 @@ class KVCache:
         return torch.cat((before, piece.mask), dim=1).to(self._device)
 
     def end(self) -> None:
-        """The pass is over in every layer."""
+        """The pass is over in every layer; nothing of it stays on the device but keys and values."""
+        self.positions = torch.empty(0, dtype=torch.int64)
+        self._places, self._masks = (self.positions, self.positions), []
         for piece in self._pieces:
             if piece.is_kept:
                 self.tokens[piece.row].extend(piece.tokens)

@@ -16,7 +16,7 @@ from modellink.inference.generation import Generation
 from modellink.inference.memory import most_rows, row_length, rows_that_fit
 from modellink.inference.replica import Replica
 from modellink.inference.request import Answer, NextToken, Request, Score
-from modellink.inference.steps import Capture
+from modellink.inference.steps import Recorder
 from modellink.models.gpt import QwenModel
 from modellink.models.run import Run
 
@@ -46,7 +46,8 @@ class Engine:
         kv_cache_dtype: "auto" is the model's, "int8" one byte and a scale for each token and head.
         prefix_reuse: compute what prompts share once.
         is_interruptible: SIGINT ends the running generation only.
-        capture: records the steps of generation, to launch them again as a whole; for one rank and no adapters.
+        recorder: makes what records the steps of generation, to launch them again as a whole; for one rank and no
+            adapters.
 
     One call at a time: a stream that is not read to its end yet holds rows of the cache.
 
@@ -56,7 +57,7 @@ class Engine:
 
     def __init__(self, chunks: Sequence[QwenModel], run: Run, device: torch.device, *, max_batch_size: int = 32,
                  prefill_chunk_size: int = 2048, max_kv_cache_bytes: int | None = None, kv_cache_dtype: str = "auto",
-                 prefix_reuse: bool = True, is_interruptible: bool = True, capture: Capture | None = None):
+                 prefix_reuse: bool = True, is_interruptible: bool = True, recorder: Recorder | None = None):
         dims = run.dims
         if len(chunks) != 1 or dims.sequence_parallel:
             raise ValueError(f"generation runs one chunk a stage, no sequence parallelism, not {dims}")
@@ -68,7 +69,7 @@ class Engine:
         self.prefill_chunk_size = prefill_chunk_size
         self.is_interruptible = is_interruptible
         self.replica = Replica(self.model, run, device, is_int8=kv_cache_dtype == "int8",
-                               max_kv_cache_bytes=max_kv_cache_bytes, prefix_reuse=prefix_reuse, capture=capture)
+                               max_kv_cache_bytes=max_kv_cache_bytes, prefix_reuse=prefix_reuse, recorder=recorder)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[NextToken]:
         """Generate; every rank must read the stream to its end.

@@ -107,6 +107,7 @@ class Stage:
             [wanted, hidden size] after the final norm on the last stage, None on others.
         """
         model, config = self.model, self.model.config
+        cache.place()
         if model.pre_process:
             hidden = model.embedding.word_embeddings(torch.tensor(tokens, device=self.device))
         else:

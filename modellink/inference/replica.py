@@ -13,7 +13,7 @@ from torch import Tensor
 from modellink.inference.cache import KVCache, Piece
 from modellink.inference.forward import Stage
 from modellink.inference.memory import token_bytes
-from modellink.inference.steps import Capture, CapturedSteps
+from modellink.inference.steps import CapturedSteps, Recorder
 from modellink.models.gpt import QwenModel
 from modellink.models.run import Run
 
@@ -30,7 +30,7 @@ class Replica:
     """
 
     def __init__(self, model: QwenModel, run: Run, device: torch.device, *, is_int8: bool,
-                 max_kv_cache_bytes: int | None, prefix_reuse: bool, capture: Capture | None):
+                 max_kv_cache_bytes: int | None, prefix_reuse: bool, recorder: Recorder | None):
         self.model = model
         self.device = device
         self.max_kv_cache_bytes = max_kv_cache_bytes
@@ -40,7 +40,7 @@ class Replica:
         self.token_bytes = token_bytes(run.model, run.dims, run.settings.train.precision, is_int8)
         self._is_int8 = is_int8
         self._stage = Stage(model, device)
-        self._steps = CapturedSteps(self._stage, capture) if capture is not None else None
+        self._steps = CapturedSteps(self._stage, recorder) if recorder is not None else None
         self._group = parallel_state.get_model_parallel_group()
         rank = dist.get_rank(self._group)
         self.is_first = rank == 0

@@ -77,14 +77,15 @@ class Sampler:
         self.settings = settings
         self._generator = torch.Generator().manual_seed(settings.seed)
 
-    def choose(self, logits: Tensor, prompt: Sequence[int] = (), answer: Sequence[int] = ()) -> int:
-        """The next token from logits [vocabulary] fp32 after `prompt` and `answer`."""
+    def choose(self, logits: Tensor, prompt: Sequence[int] = (), answer: Sequence[int] = ()) -> Tensor:
+        """The next token, [] int64 on their device, from logits [vocabulary] fp32 after `prompt` and `answer`."""
         scores = processed(logits, self.settings, prompt, answer)
         if self.settings.greedy:
-            return int(scores.argmax())
+            return scores.argmax()
         ids, kept = candidates(scores, self.settings)
         numbers = self._numbers(scores.shape[0]).to(scores.device)
-        return int(ids[(kept.softmax(0) / numbers[ids]).argmax()])
+        best = (kept.softmax(0) / numbers[ids]).argmax(0, keepdim=True)
+        return ids[best][0]  # an index without dimensions would be read by the host
 
     def draw(self, scores: Tensor, count: int) -> Tensor:
         """`count` different indices of scores [n], drawn by their softmax without putting back, first drawn first."""

@@ -33,16 +33,15 @@ class RotaryTable(RotaryEmbedding):
         hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
         length = hidden.shape[0] * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
         if packed_seq_params is not None:
-            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-            return torch.cat([torch.arange(n) for n in lengths]), hidden.device
-        return length, hidden.device
+            return packed_seq_params.cu_seqlens_q.diff().tolist(), hidden.device
+        return [length], hidden.device
 
-    def forward(self, wanted: tuple[Any, torch.device], *args: Any, **unused: Any) -> Tensor:
-        """Rows of the table for `wanted`: a length, or a tensor of positions ([s] or [s, b])."""
-        positions, device = wanted
-        if isinstance(positions, int):
-            return self.table(positions, device)
-        return self.table(int(positions.max()) + 1, device)[positions.to(device)]
+    def forward(self, wanted: tuple[list[int], torch.device], *args: Any, **unused: Any) -> Tensor:
+        """[sum of lengths, 2, head_dim / 2]: rows of the table for samples of these lengths, one behind the other."""
+        lengths, device = wanted
+        rows = self.table(max(lengths), device)
+        # slices are known to the host: positions in a tensor would have to go to the device first, and wait for it
+        return rows if len(lengths) == 1 else torch.cat([rows[:length] for length in lengths])
 
 
 class QwenModel(GPTModel):

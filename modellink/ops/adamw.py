@@ -30,7 +30,8 @@ def adamw(parameters: list[Tensor], grads: list[Tensor], means: list[Tensor], sq
 def torch_adamw(parameters: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor], *,
                 step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """torch's fused kernel of the device."""
-    count = torch.tensor(float(step), device=parameters[0].device)
+    # filled on the device: a copy of a number of the host would wait for all work before it
+    count = torch.full((), float(step), device=parameters[0].device)
     torch._fused_adamw_(
         parameters, grads, means, squares, [], [count] * len(parameters), lr=lr, beta1=betas[0], beta2=betas[1],
         weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, grad_scale=None, found_inf=None)

@@ -95,7 +95,8 @@ def reduce_reports(reports: list[dict[str, Tensor]], flags: list[int], device: t
     values = torch.zeros(width + len(flags), dtype=torch.float32, device=device)
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         values[:width] = torch.stack([report["loss"] for report in reports]).sum(0)
-    values[width:] = torch.tensor(flags, dtype=torch.float32)
+    for place, flag in enumerate(flags, width):
+        values[place].fill_(flag)  # an assignment would copy it from the host
     dist.all_reduce(values)
     total, count, *rest = values.tolist()
     means = {name: value / count if count else 0.0 for name, value in zip(names, rest)}
