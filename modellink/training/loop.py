@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from modellink.checkpoint.sources import holds_weights
 from modellink.device.base import Device
+from modellink.device.report import device_lines, package_lines
 from modellink.device.specs import peak_line
 from modellink.models import forms
 from modellink.models.build import build_chunks, transformer_config
@@ -123,11 +124,12 @@ def train(run: Run, device: Device) -> None:
     settings = run.settings
     rank_zero = dist.get_rank() == 0
     stop = StopRequest()
+    if rank_zero:
+        print("\n".join([*package_lines(), *device_lines(device), *describe(forms.situation_of(run, device))]),
+              flush=True)
     train_set, valid_set, test_set = load_data(run)
     state = build_state(run, device)
     line = None
-    if rank_zero:
-        print("\n".join(describe(forms.situation_of(run, device))), flush=True)
     if run.lora is not None:
         line = start_adapters(state)
     elif settings.checkpoint.load is not None and holds_weights(Path(settings.checkpoint.load)):
