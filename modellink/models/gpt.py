@@ -7,6 +7,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from modellink.device.copies import queued_copy
 from modellink.ops.cross_entropy import vocab_parallel_cross_entropy
 from modellink.ops.rotary import rotary_table
 
@@ -33,16 +34,16 @@ class RotaryTable(RotaryEmbedding):
         hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
         length = hidden.shape[0] * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
         if packed_seq_params is not None:
-            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-            return torch.cat([torch.arange(n) for n in lengths]), hidden.device
+            bounds = packed_seq_params.cu_seqlens_q
+            return torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(bounds.diff()), hidden.device
         return length, hidden.device
 
     def forward(self, wanted: tuple[Any, torch.device], *args: Any, **unused: Any) -> Tensor:
-        """Rows of the table for `wanted`: a length, or a tensor of positions ([s] or [s, b])."""
+        """Rows of the table for `wanted`: a length, or a host tensor of positions [s]."""
         positions, device = wanted
         if isinstance(positions, int):
             return self.table(positions, device)
-        return self.table(int(positions.max()) + 1, device)[positions.to(device)]
+        return self.table(int(positions.max()) + 1, device)[queued_copy(positions, device)]
 
 
 class QwenModel(GPTModel):
