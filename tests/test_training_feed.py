@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from modellink.config import ConfigError
+from modellink.config.settings import PosttrainSettings
 from modellink.device.copies import queued_copy
 from modellink.training.feed import Feed, Microbatches, Place
+from modellink.training.preference import _policy_loss
 
 STEP, COUNT = 3, 60
 
@@ -83,3 +86,23 @@ def test_a_broken_sample_is_one_sentence(workers: int) -> None:
 def test_a_copy_to_the_cpu_is_none() -> None:
     tensor = torch.ones(2)
     assert queued_copy(tensor, torch.device("cpu")) is tensor
+
+
+class Names(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.add(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_the_preference_loss_takes_no_number_of_the_host_to_the_device() -> None:
+    batch = {"loss_mask": torch.ones(4, 5), "reference": torch.zeros(4)}
+    with Names() as names:
+        total, number, report = _policy_loss(batch, PosttrainSettings(), torch.rand(4, 5))
+    assert "aten::sum.dim_IntList" in names.seen and "aten::lift_fresh" not in names.seen  # what torch.tensor gives
+    assert number.dtype == torch.int and number.item() == 2 and report["loss"][:2].tolist() == [total.item(), 2.0]
