@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from ladder import REPO, read_metrics, run_cases
 from tiny import TINY, save_tiny, tiny_config
 
 from modellink.data.indexed import IndexedWriter
+from modellink.device.report import package_lines
 
 LAUNCH = [sys.executable, "-m", "modellink.cli", "launch"]
 COMMON = ["--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3",
@@ -135,7 +137,13 @@ def test_a_checkpoint_without_optimizer_state_starts_at_step_0(folder: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "starting at step 0 without optimizer state" in done.stdout
     assert "step 1/2" in done.stdout
-    # the log opens with the form of every operation, once
+    # the log opens with the lines of modellink doctor: versions, device and the form of every operation
+    versions, lines = package_lines(), done.stdout.splitlines()
+    assert f"torch           {torch.__version__}" in versions
+    assert lines[:len(versions)] == versions
+    assert re.fullmatch(r"chosen: cpu, cpu \([\d.]+ GiB free\)", lines[len(versions)])
+    assert lines[len(versions) + 1:len(versions) + 4] == [
+        f"  torch: {torch.__version__}", "  threads: 1", "operations for float32 and heads of 16 on cpu:"]
     assert done.stdout.count("operations for float32 and heads of 16 on cpu:\n  rms_norm: torch rms_norm") == 1
 
 

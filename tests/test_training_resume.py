@@ -22,6 +22,7 @@ OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.0"]
 CASES = {
     "fp32-dropout": (1, ["--fp32", *DROPOUT]),
+    "fp32-dropout-workers": (1, ["--fp32", *DROPOUT, "--num-workers", "2"]),
     "fp16": (1, ["--fp16", "--initial-loss-scale", "512", "--loss-scale-window", "2", "--hysteresis", "1"]),
     "tp2-sp-bf16-dropout": (2, ["--bf16", *TP2, *SP, *DROPOUT]),
     "pp2-vpp2-tied": (2, ["--fp32", *PP2, *VPP]),
@@ -121,6 +122,12 @@ def test_another_layout_is_refused_before_a_rank_starts(name: str, world: int, f
     assert len(caught.value.problems) == 1
     assert message in str(caught.value) and "--ckpt-format torch_dist from the start" in str(caught.value)
     prepare_run(parse_settings("x", "", [*words, "--no-load-optim"]), world, "train")
+
+
+def test_reading_ahead_changes_nothing(folder: Path) -> None:
+    """Processes that read use no random number of training and give the same batches."""
+    plain, ahead = (read_metrics(folder / f"{name}.whole.jsonl") for name in ("fp32-dropout", "fp32-dropout-workers"))
+    assert [record["loss"] for record in ahead] == [record["loss"] for record in plain]
 
 
 def test_precision_and_ramp_really_ran(folder: Path) -> None:

@@ -1,19 +1,22 @@
 """The microbatches of a step on one rank."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from modellink.data.collate import Batch, pack, pad, stack
+from modellink.data.collate import Batch
 from modellink.data.instruction_dataset import sample_lengths
 from modellink.data.sampling import microbatch_indices
+from modellink.device.copies import queued_copy
 from modellink.models.run import Run
+from modellink.training.feed import Feed, Microbatches, Place
 
 
 class BatchSizes:
@@ -81,55 +84,62 @@ class MicrobatchReader:
     batch (`--variable-seq-lengths`; every rank knows all lengths from the index, so no message is needed), or packed.
     """
 
-    def __init__(self, dataset: Any, run: Run, device: torch.device):
-        self.dataset = dataset
+    def __init__(self, dataset: Any, run: Run, device: torch.device, batch_size: Callable[[int], int]):
+        """Args:
+            dataset: of samples, rows or pairs.
+            run: the resolved run.
+            device: where the batches go.
+            batch_size: samples of the step that starts after a number of consumed samples.
+        """
         self.run = run
         self.device = device
+        self.batch_size = batch_size
         self.samples = run.settings.train.micro_batch_size
-        self.kind = run.settings.data_kind
-        self.rows = self.samples * (2 if self.kind == "pairs" else 1)
+        kind = run.settings.data_kind
+        self.rows = self.samples * (2 if kind == "pairs" else 1)
         self.packed = run.settings.data.pack
-        self.num_workers = run.settings.data.num_workers
-        variable = self.kind == "instruction" and run.settings.data.variable_seq_lengths and not self.packed
+        self.feed = Feed(Microbatches(dataset, self.samples, kind, self.packed), run.settings.data.num_workers)
+        variable = kind == "instruction" and run.settings.data.variable_seq_lengths and not self.packed
         self.lengths = sample_lengths(dataset) if variable else None
 
-    def step(self, consumed_samples: int, num_microbatches: int, copies: int) -> StepBatches:
-        """The microbatches of the step that starts after `consumed_samples`, for `copies` model chunks."""
-        length = self._length(consumed_samples, num_microbatches)
+    def step(self, consumed_samples: int, copies: int) -> StepBatches:
+        """The microbatches of the step that starts after `consumed_samples`, for `copies` model chunks.
+
+        Each is read and sent to the device when the first chunk takes it.
+        """
+        samples = self.batch_size(consumed_samples)
+        length = self._length(consumed_samples, samples)
         shape = (length * self.rows, 1) if self.packed else (length, self.rows)
         if not (needs_data() or self.packed):  # packed boundaries are needed by every stage's attention
             return StepBatches([iter(()) for _ in range(copies)], *shape)
-        indices = microbatch_indices(
-            consumed_samples, self.samples, parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(), num_microbatches)
-        batches = [self._place(batch) for batch in self._read(indices, length)]
-        return StepBatches([iter(batches) for _ in range(copies)], *shape)
+        read = self.feed.step(list(self._places(consumed_samples, samples)),
+                              partial(self._following, consumed_samples + samples))
+        return StepBatches([*tee((self._place(batch) for batch in read), copies)], *shape)
 
-    def _length(self, consumed_samples: int, num_microbatches: int) -> int:
+    def _length(self, consumed_samples: int, samples: int) -> int:
         full = self.run.seq_length
         if self.lengths is None:
             return full
-        samples = num_microbatches * self.samples * self.run.dims.data
         longest = int(self.lengths[consumed_samples:consumed_samples + samples].max())
         unit = math.lcm(self.run.settings.data.pad_to_multiple_of,
                         self.run.dims.tensor if self.run.dims.sequence_parallel else 1)
         return min(-(-longest // unit) * unit, full)
 
-    def _collate(self, samples: list[Any], length: int) -> Batch:
-        if self.packed:
-            return pack(samples, length)
-        if self.kind == "pairs":
-            return pad([side for pair in samples for side in pair], length)
-        return pad(samples, length) if self.kind == "instruction" else stack(samples)
+    def _places(self, consumed_samples: int, samples: int) -> Iterator[Place]:
+        """Where the microbatches of a step are."""
+        length = self._length(consumed_samples, samples)
+        for indices in microbatch_indices(
+                consumed_samples, self.samples, parallel_state.get_data_parallel_rank(), self.run.dims.data,
+                samples // (self.samples * self.run.dims.data)):
+            yield indices[0], length
 
-    def _read(self, indices: list[list[int]], length: int) -> Iterator[Batch]:
-        if self.num_workers:
-            yield from torch.utils.data.DataLoader(
-                self.dataset, batch_sampler=indices, num_workers=self.num_workers,
-                collate_fn=partial(self._collate, length=length))
-            return
-        for batch in indices:
-            yield self._collate([self.dataset[index] for index in batch], length)
+    def _following(self, consumed_samples: int) -> Iterator[Place]:
+        """Where the microbatches of all later steps are, as far as the data goes."""
+        while self.lengths is None or consumed_samples < len(self.lengths):
+            samples = self.batch_size(consumed_samples)
+            yield from self._places(consumed_samples, samples)
+            consumed_samples += samples
 
     def _place(self, batch: Batch) -> Batch:
-        return {name: value if name == "cu_seqlens" else value.to(self.device) for name, value in batch.items()}
+        return {name: value if name == "cu_seqlens" else queued_copy(value, self.device)
+                for name, value in batch.items()}

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from modellink.checkpoint.sources import holds_weights
 from modellink.device.base import Device
+from modellink.device.report import device_lines, package_lines
 from modellink.device.specs import peak_line
 from modellink.models import forms
 from modellink.models.build import build_chunks, transformer_config
@@ -61,8 +62,10 @@ class Trainer:
         self.preference = preference_objective(state) if state.run.settings.data_kind == "pairs" else None
         self.means = ("reward_accuracy", "reward_margin") if self.preference else ()
 
-    def reader(self, dataset: Any) -> MicrobatchReader:
-        return MicrobatchReader(dataset, self.run, self.state.device.current())
+    def reader(self, dataset: Any, *, evaluates: bool = False) -> MicrobatchReader:
+        """A reader for `step`, or for `evaluate`, whose batches do not ramp up."""
+        sizes = (lambda consumed: self.run.global_batch_size) if evaluates else self.sizes.at
+        return MicrobatchReader(dataset, self.run, self.state.device.current(), sizes)
 
     def step(self, reader: MicrobatchReader, flags: list[int]) -> tuple[StepResult, dict[str, float]]:
         """One optimizer step.
@@ -112,7 +115,7 @@ class Trainer:
     def _microbatches(self, reader: MicrobatchReader, consumed: int, batch_size: int,
                       forward_only: bool) -> list[dict[str, torch.Tensor]]:
         count = self.sizes.microbatches(batch_size)
-        make = partial(reader.step, consumed, count, len(self.state.chunks))
+        make = partial(reader.step, consumed, len(self.state.chunks))
         if self.preference is not None:
             return self.preference.run(self.state.chunks, make, num_microbatches=count, forward_only=forward_only)
         return run_microbatches(self.state.chunks, make(), num_microbatches=count, forward_only=forward_only)
@@ -123,11 +126,12 @@ def train(run: Run, device: Device) -> None:
     settings = run.settings
     rank_zero = dist.get_rank() == 0
     stop = StopRequest()
+    if rank_zero:
+        print("\n".join([*package_lines(), *device_lines(device), *describe(forms.situation_of(run, device))]),
+              flush=True)
     train_set, valid_set, test_set = load_data(run)
     state = build_state(run, device)
     line = None
-    if rank_zero:
-        print("\n".join(describe(forms.situation_of(run, device))), flush=True)
     if run.lora is not None:
         line = start_adapters(state)
     elif settings.checkpoint.load is not None and holds_weights(Path(settings.checkpoint.load)):
@@ -141,7 +145,7 @@ def train(run: Run, device: Device) -> None:
     trainer = Trainer(state)
     profiler = StepProfiler(settings.profiling, device, dist.get_rank())
     reader = trainer.reader(train_set)
-    valid_reader = trainer.reader(valid_set) if valid_set is not None else None
+    valid_reader = trainer.reader(valid_set, evaluates=True) if valid_set is not None else None
     progress, options = state.progress, settings.train
     started, saved_at = time.monotonic(), -1
     total = options.train_iters or 0
@@ -178,7 +182,7 @@ def train(run: Run, device: Device) -> None:
             break
     else:
         if test_set is not None and options.eval_iters:
-            loss = trainer.evaluate(trainer.reader(test_set), 0, options.eval_iters)
+            loss = trainer.evaluate(trainer.reader(test_set, evaluates=True), 0, options.eval_iters)
             if metrics is not None:
                 metrics.evaluation("test", loss, step=progress.step)
     profiler.close()

@@ -7,6 +7,7 @@ switched off or a second, frozen model, and once through the model that is train
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ def answer_logprobs(losses: Tensor, loss_mask: Tensor, mean: bool) -> Tensor:
     return summed / loss_mask.sum(-1).clamp(min=1) if mean else summed
 
 
+def _remembered(batches: Iterator[Batch], rows: list[Batch]) -> Iterator[Batch]:
+    """The batches as they are taken, which `rows` keeps."""
+    for batch in batches:
+        rows.append(batch)
+        yield batch
+
+
 def _forward(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Batch, Tensor]:
     batch: Any = next(batches, {})
     return batch, chunk(batch.get("tokens"), None, None, labels=batch.get("labels"))
@@ -77,9 +85,10 @@ def _policy_loss(batch: Batch, settings: PosttrainSettings, losses: Tensor) -> t
     pair_losses = preference_loss(policy, reference, settings)
     rewards = settings.dpo_beta * (policy - reference).detach()
     total, count = pair_losses.sum(), pair_losses.numel()
-    report = torch.stack([total.detach().clone(), total.new_tensor(count), (rewards[0] > rewards[1]).float().sum(),
+    number = torch.full_like(total, count, dtype=torch.int)  # filled on the device: a copy from here would wait
+    report = torch.stack([total.detach().clone(), number.to(total), (rewards[0] > rewards[1]).float().sum(),
                           (rewards[0] - rewards[1]).sum()])
-    return total, torch.tensor(count, dtype=torch.int, device=losses.device), {"loss": report}
+    return total, number, {"loss": report}
 
 
 def _policy_step(batches: Iterator[Batch], chunk: torch.nn.Module, *,
@@ -140,7 +149,8 @@ class PreferenceObjective:
             forward_only: evaluation, without gradients.
         """
         batches: StepBatches = make_batches()
-        rows = list(batches.iterators[0])
+        rows: list[Batch] = []
+        first = [*tee(_remembered(batches.iterators[0], rows), len(chunks))]
         mean = self.settings.dpo_loss_type == "ipo"
         with torch.no_grad():
             if self.reference is None:
@@ -148,22 +158,21 @@ class PreferenceObjective:
                 for chunk in chunks:
                     chunk.eval()  # the reference has no dropout
                 with adapters_off(chunks):
-                    found = self._schedule(chunks, batches, rows, num_microbatches, True,
+                    found = self._schedule(chunks, batches, first, num_microbatches, True,
                                            partial(_reference_step, mean=mean))
                 for chunk, was in zip(chunks, training):
                     chunk.train(was)
             else:
-                found = self._schedule(self.reference, batches, rows, num_microbatches, True,
+                found = self._schedule(self.reference, batches, first, num_microbatches, True,
                                        partial(_reference_step, mean=mean))
         # a stage that is not the last collects nothing, and its rows need nothing
         rows = [batch | {"reference": entry["logprobs"]} for batch, entry in zip(rows, found)] if found else rows
-        return self._schedule(chunks, batches, rows, num_microbatches, forward_only,
+        return self._schedule(chunks, batches, [iter(rows) for _ in chunks], num_microbatches, forward_only,
                               partial(_policy_step, settings=self.settings))
 
     @staticmethod
-    def _schedule(chunks: list[Any], batches: StepBatches, rows: list[Batch], num_microbatches: int,
+    def _schedule(chunks: list[Any], batches: StepBatches, iterators: list[Iterator[Batch]], num_microbatches: int,
                   forward_only: bool, step: Any) -> list[dict[str, Tensor]]:
-        iterators = [iter(rows) for _ in chunks]
         interleaved = len(chunks) > 1
         return get_forward_backward_func()(
             forward_step_func=step, data_iterator=iterators if interleaved else iterators[0],

@@ -1,0 +1,13 @@
+"""Copies from the host that wait for nothing."""
+
+import torch
+from torch import Tensor
+
+
+def queued_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, copied there behind the work that is queued already; the caller goes on at once.
+
+    A copy out of ordinary memory would make the host wait for everything before it, so it goes through pinned memory,
+    which torch keeps until the copy was made. On a CPU the tensor itself.
+    """
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

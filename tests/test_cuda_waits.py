@@ -1,0 +1,62 @@
+"""On an NVIDIA GPU: the host work of a microbatch never makes the host wait for the device. `pytest -m cuda`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_environment import DEVICE, need_gpus
+
+from modellink.config.settings import PosttrainSettings
+from modellink.device.copies import queued_copy
+from modellink.models.gpt import RotaryTable
+from modellink.training.preference import _policy_loss
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> None:
+    need_gpus(1)
+
+
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Inside the block torch refuses every call that waits for the GPU."""
+    if DEVICE == "cpu":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_a_batch_goes_to_the_device() -> None:
+    tokens = torch.arange(4096)[None]
+    with waits_are_errors():
+        there = queued_copy(tokens, torch.device(DEVICE))
+    assert there.device.type == DEVICE and torch.equal(there.cpu(), tokens)
+
+
+def test_positions_of_packed_samples() -> None:
+    table, bounds = RotaryTable(16, 1e4, torch.float32), torch.tensor([0, 3, 3, 8, 10], dtype=torch.int32)
+    hidden = torch.zeros(10, 1, 4, device=DEVICE)
+    whole = table.table(8, hidden.device)
+    with waits_are_errors():
+        wanted = table.get_rotary_seq_len(None, SimpleNamespace(input_tensor=None), hidden,
+                                          SimpleNamespace(sequence_parallel=False, tensor_model_parallel_size=1),
+                                          SimpleNamespace(cu_seqlens_q=bounds))
+        rows = table(wanted)
+    assert torch.equal(rows, whole[torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0, 1], device=DEVICE)])
+
+
+def test_the_preference_loss() -> None:
+    batch = {"loss_mask": torch.ones(4, 5, device=DEVICE), "reference": torch.zeros(4, device=DEVICE)}
+    losses = torch.rand(4, 5, device=DEVICE)
+    with waits_are_errors():
+        total, number, report = _policy_loss(batch, PosttrainSettings(), losses)
+    assert number.item() == 2 and report["loss"][1].item() == 2
