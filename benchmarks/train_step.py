@@ -3,8 +3,10 @@
     python benchmarks/train_step.py [--device cpu|cuda|npu] [--shape small|0.5b|1.8b|4b|7b] [--layers N]
                                     [--seq-length N] [--precision fp32|bf16] [--output FILE]
 
-Each side runs in a process of its own, in turn, so that neither heats the other's caches or memory; the ratio of the
-best turns is printed and written as JSON. The peer is transformers' Qwen2 with SDPA and torch's fused AdamW, and with
+Each side runs in a process of its own. With `--turns step`, the default on the CPU, both live and make one step in
+turn, so that a slow minute of the machine slows both; the ratio is the median over the pairs of steps. With `--turns run`,
+the default elsewhere, where two models may not fit, one runs after the other, and the ratio is that of the best runs.
+It is printed and written as JSON. The peer is transformers' Qwen2 with SDPA and torch's fused AdamW, and with
 liger-kernel's kernels where they are installed and the device is cuda; in bf16 it keeps fp32 master weights (autocast),
 as the training loop here does. FLOPs count attention causally; MFU needs the chip's datasheet rate
 (`modellink/device/specs.py`) and is n/a where that is unknown. Peak memory is the process's on the CPU (libraries
@@ -24,6 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from turns import run_in_turn, wait_for_turn
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 REPO = Path(__file__).resolve().parent.parent
@@ -62,6 +66,8 @@ def time_steps(options: argparse.Namespace, device: Any, step: Callable[[], Any]
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     times = []
     for _ in range(options.steps):
+        if options.paced:
+            wait_for_turn()
         device.synchronize()
         start = clock()
         step()
@@ -160,27 +166,55 @@ def summary(options: argparse.Namespace, device: Any, times: list[float], count:
     rate = options.batch * options.seq_length / median
     flops = rate * flops_per_token(ModelConfig.from_hf(shape_of(options), "the benchmark"), options.seq_length)
     spec = find_spec(device.product_name())
-    return {"tokens_per_second": rate, "seconds": median, "tflops": flops / 1e12,
+    return {"tokens_per_second": rate, "seconds": median, "times": times[options.warmup:], "tflops": flops / 1e12,
             "mfu": flops / spec.bf16_flops if spec and options.precision == "bf16" else None,
             "peak_bytes": peak_memory() if device.name == "cpu" else device.peak_memory(), "parameters_on_rank": count,
             "state_bytes_per_parameter": state / count, "device": device.product_name()}
 
 
+def command(side: str, precision: str, options: argparse.Namespace, layout: str = "one", ranks: int = 1) -> list[str]:
+    """The command of one side."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, str(Path(__file__)), "--side", side, "--precision", precision,
+            "--layout", layout, "--steps", str(options.steps), "--warmup", str(options.warmup),
+            "--batch", str(options.batch),
+            "--micro-batch", str(options.micro_batch), "--seq-length", str(options.seq_length),
+            "--device", options.device, "--shape", options.shape, "--layers", str(options.layers),
+            "--clock", options.clock, f"--flags={options.flags}"]
+
+
+def result(output: str) -> dict[str, Any]:
+    """The numbers that a side printed."""
+    return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{\"tok")))
+
+
 def measure(side: str, precision: str, options: argparse.Namespace, layout: str = "one", ranks: int = 1) -> dict:
     """Run one side in its own process (or ranks) and return its numbers."""
-    threads = max(1, options.threads // ranks)
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(Path(__file__)), "--side", side, "--precision", precision, "--layout", layout,
-                "--steps", str(options.steps), "--warmup", str(options.warmup), "--batch", str(options.batch),
-                "--micro-batch", str(options.micro_batch), "--seq-length", str(options.seq_length),
-                "--device", options.device, "--shape", options.shape, "--layers", str(options.layers),
-                "--clock", options.clock, f"--flags={options.flags}"]
-    done = subprocess.run(command, env=dict(os.environ, OMP_NUM_THREADS=str(threads)), capture_output=True, text=True)
+    environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, options.threads // ranks)))
+    done = subprocess.run(command(side, precision, options, layout, ranks), env=environment, capture_output=True,
+                          text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{\"tok")))
+    return result(done.stdout)
+
+
+def runs_in_turn(precision: str, options: argparse.Namespace) -> tuple[dict[str, dict], float]:
+    """The best run of each side, one after the other, and the ratio of their speeds."""
+    turns: dict[str, list[dict]] = {"ours": [], "peer": []}
+    for _ in range(options.rounds):
+        for side in turns:
+            turns[side].append(measure(side, precision, options))
+    best = {side: max(found, key=lambda record: record["tokens_per_second"]) for side, found in turns.items()}
+    return best, best["ours"]["tokens_per_second"] / best["peer"]["tokens_per_second"]
+
+
+def steps_in_turn(precision: str, options: argparse.Namespace) -> tuple[dict[str, dict], float]:
+    """Both sides alive, one step in turn, and the median ratio of the pairs."""
+    commands = {side: [*command(side, precision, options), "--paced"] for side in ("ours", "peer")}
+    outputs = run_in_turn(commands, dict(os.environ, OMP_NUM_THREADS=str(options.threads)), options.steps)
+    found = {side: result(output) for side, output in outputs.items()}
+    pairs = zip(found["ours"]["times"], found["peer"]["times"], strict=True)
+    return found, statistics.median(peer / ours for ours, peer in pairs)
 
 
 def row(name: str, record: dict[str, Any]) -> str:
@@ -201,7 +235,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="samples a step")
     parser.add_argument("--micro-batch", type=int, default=2, help="samples of one forward pass")
     parser.add_argument("--seq-length", type=int, default=512, help="tokens a sample")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side; the best counts")
+    parser.add_argument("--turns", choices=("step", "run"),
+                        help="the sides take turns by step (default on cpu) or by run")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side by run; the best counts")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: time of the process alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of a side")
     parser.add_argument("--flags", default="", help="further flags of pretrain_gpt.py for our side, in one string")
@@ -209,6 +245,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "train_step.json")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--layout", default="one", help=argparse.SUPPRESS)
+    parser.add_argument("--paced", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -219,12 +256,9 @@ def main() -> None:
         return
     results: dict[str, Any] = {"options": {name: value for name, value in vars(options).items() if name != "output"}}
     for precision in [options.precision] if options.precision else PRECISIONS:
-        turns: dict[str, list[dict]] = {"ours": [], "peer": []}
-        for _ in range(options.rounds):
-            for side in turns:
-                turns[side].append(measure(side, precision, options))
-        best = {side: max(found, key=lambda record: record["tokens_per_second"]) for side, found in turns.items()}
-        best["ours"]["speed_ratio"] = best["ours"]["tokens_per_second"] / best["peer"]["tokens_per_second"]
+        in_steps = (options.turns or ("step" if options.device == "cpu" else "run")) == "step"
+        best, ratio = (steps_in_turn if in_steps else runs_in_turn)(precision, options)
+        best["ours"]["speed_ratio"] = ratio
         best["ours"]["memory_ratio"] = best["ours"]["peak_bytes"] / best["peer"]["peak_bytes"]
         results[precision] = best
         print(f"{precision:12} {'tokens/s':>10} {'TFLOP/s':>9} {'MFU':>7} {'peak GiB':>9} {'B/parameter':>11}"
