@@ -4,13 +4,14 @@
                                     [--seq-length N] [--precision fp32|bf16] [--output FILE]
 
 Each side runs in a process of its own. With `--turns step`, the default on the CPU, both live and make one step in
-turn, so that a slow minute of the machine slows both; the ratio is the median over the pairs of steps. With `--turns run`,
-the default elsewhere, where two models may not fit, one runs after the other, and the ratio is that of the best runs.
-It is printed and written as JSON. The peer is transformers' Qwen2 with SDPA and torch's fused AdamW, and with
-liger-kernel's kernels where they are installed and the device is cuda; in bf16 it keeps fp32 master weights (autocast),
-as the training loop here does. FLOPs count attention causally; MFU needs the chip's datasheet rate
+turn, so that a slow minute of the machine slows both; the ratio is the median over the pairs of steps. With `--turns
+run`, the default elsewhere, where two models may not fit, one runs after the other, and the ratio is that of the best
+runs. It is printed and written as JSON. The peer is transformers' Qwen2 with SDPA and torch's fused AdamW, and with
+liger-kernel's kernels where they are installed and the device is cuda; in bf16 it keeps fp32 master weights
+(autocast), as the training loop here does. FLOPs count attention causally; MFU needs the chip's datasheet rate
 (`modellink/device/specs.py`) and is n/a where that is unknown. Peak memory is the process's on the CPU (libraries
-included) and the allocator's elsewhere. `--clock cpu` counts the process's own time: for a machine that others use too.
+included) and the allocator's elsewhere. `--clock cpu` counts the process's own time: for a machine that others use
+too.
 """
 
 import argparse
