@@ -100,7 +100,7 @@ def cases(run: Any, device: Any, options: argparse.Namespace) -> Iterator[Case]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     from modellink.models.build import transformer_config
-    from modellink.ops import adamw, attention, cross_entropy, parallel_linear, rms_norm, rotary, swiglu
+    from modellink.ops import adamw, attention, cross_entropy, frozen_linear, parallel_linear, rms_norm, rotary, swiglu
     from modellink.ops.forms import DTYPES
 
     model, dtype = run.model, DTYPES[options.precision]
@@ -127,6 +127,10 @@ def cases(run: Any, device: Any, options: argparse.Namespace) -> Iterator[Case]:
     with torch.no_grad():
         yield Case("cached_attention (one token)", lambda: attention.attend_rows(one, keys, values, None),
                    4.0 * tokens * heads * size, (one, keys, values), (one,))
+        weight, few = make(2 * ffn, hidden), make(batch, hidden)
+        product = frozen_linear.frozen_linear(weight, None)
+        yield Case("frozen_linear (MLP, up, one token)", lambda: product(few), 4.0 * batch * hidden * ffn,
+                   (few, weight), (make(batch, 2 * ffn),))
     logits, target = make(length, batch, vocab), torch.randint(0, vocab, (length, batch), device=device.current())
     logits.requires_grad_()
 
