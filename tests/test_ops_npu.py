@@ -184,6 +184,7 @@ def test_the_cache_hands_over_its_rows_as_they_lie(operators: Any, monkeypatch: 
         found = []
         for each, choices in ((cache, choose(Situation("npu", "Ascend910B2"))), (plain, [])):
             each.begin(pieces)
+            each.place()
             with forms_in_use(choices, "cpu"):
                 found.append(each.attend(1, *new))
             each.end()
