@@ -264,7 +264,8 @@ def test_doctor_names_device_and_versions() -> None:
     assert result.returncode == 0 and "megatron-core" in result.stdout and "chosen: cpu" in result.stdout
     assert ("  attention: tiles of queries up to 512 tokens, torch scaled_dot_product_attention beyond\n"
             in result.stdout)
-    assert "  rms_norm: torch rms_norm (not torch.compile of the formulas: --compile is off)\n" in result.stdout
+    assert ("  rms_norm: parts of rows in the cache (not torch.compile of the formulas: --compile is off)\n"
+            in result.stdout)
     assert "the device is" not in result.stdout  # forms of other devices are no news
 
 
