@@ -18,13 +18,38 @@ _CHUNK = {"cpu": 16}
 _CHUNK_ACCELERATOR = 1024
 
 
+def words_of_rank(real_rows: int, rank: int, rows: int) -> int:
+    """Rows of a rank's part of the vocabulary that are words and no padding, which is at the end of the last parts."""
+    return min(max(real_rows - rank * rows, 0), rows)
+
+
+def log_sum_over_ranks(maximum: Tensor, sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Logarithm of the sum of exponentials over the whole vocabulary.
+
+    Args:
+        maximum: [tokens] fp32, of this rank's logits; overwritten.
+        sums: [2, tokens] fp32, this rank's sum of exponentials above its maximum, and the target logit where this rank
+            has the word, 0 elsewhere; overwritten with those of all ranks.
+        group: tensor parallel group; None for one rank.
+
+    Returns:
+        [tokens] fp32.
+    """
+    if group is not None and group.size() > 1:
+        own_maximum = maximum.clone()
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+        sums[0] *= (own_maximum - maximum).exp()
+        dist.all_reduce(sums, group=group)
+    return maximum + sums[0].log()
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, real_rows: int) -> Tensor:
-        size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        rank = group.rank() if group is not None else 0
         rows = logits.shape[-1]
         x = logits.view(-1, rows)
-        real = min(max(real_rows - rank * rows, 0), rows)  # rows of this rank that are words, not padding
+        real = words_of_rank(real_rows, rank, rows)
         local = target.reshape(-1) - rank * rows
         owned = (local >= 0) & (local < real)
         local = local.clamp(0, rows - 1)
@@ -40,12 +65,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 maximum[start:start + chunk] = top
                 sums[0, start:start + chunk] = part.sub_(top[:, None]).exp_().sum(-1)
         sums[1] = torch.where(owned, x.gather(1, local[:, None])[:, 0].float(), 0.0)
-        if size > 1:
-            own_maximum = maximum.clone()
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-            sums[0] *= (own_maximum - maximum).exp()
-            dist.all_reduce(sums, group=group)
-        log_sum = maximum + sums[0].log()
+        log_sum = log_sum_over_ranks(maximum, sums, group)
         ctx.save_for_backward(logits, log_sum, local, owned)
         ctx.real, ctx.chunk = real, chunk
         return (log_sum - sums[1]).view(target.shape)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from modellink.ops.cross_entropy import log_sum_over_ranks, words_of_rank
 from modellink.ops.cuda.limits import loss_problem, require
 
 # columns that a program of 8 warps holds at a time: 16 in each thread
@@ -20,21 +21,16 @@ class _TritonCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, real_rows: int) -> Tensor:
         from modellink.ops.cuda.triton_cross_entropy import statistics
 
-        size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        rank = group.rank() if group is not None else 0
         rows = logits.shape[-1]
         x, ids = logits.view(-1, rows), target.reshape(-1)
-        real = min(max(real_rows - rank * rows, 0), rows)  # rows of this rank that are words, not padding
+        real = words_of_rank(real_rows, rank, rows)
         maximum = torch.empty(len(ids), device=x.device)
         sums = torch.empty(2, len(ids), device=x.device)  # [sum of exponentials, target logit]
         if len(ids):
             statistics[(len(ids),)](x, ids, maximum, sums[0], sums[1], rank * rows, rows, real, BLOCK=_BLOCK,
                                     num_warps=_WARPS)
-        if size > 1:
-            own_maximum = maximum.clone()
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-            sums[0] *= (own_maximum - maximum).exp()
-            dist.all_reduce(sums, group=group)
-        log_sum = maximum + sums[0].log()
+        log_sum = log_sum_over_ranks(maximum, sums, group)
         ctx.save_for_backward(logits, ids, log_sum)
         ctx.first, ctx.real = rank * rows, real
         return (log_sum - sums[1]).view(target.shape)
