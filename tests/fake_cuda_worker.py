@@ -98,7 +98,7 @@ def generate(run: Run, device: Any, looks: HostLooks, kind: str) -> dict[str, An
 
     settings = SamplingSettings(max_new_tokens=NEW_TOKENS)
     greedy = [Request([7] * length, settings) for length in (50, 9, 3)]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"operators": {}}
     plain = engine()
     for name, ask in {
         "steps": lambda: plain.generate(greedy),
@@ -111,11 +111,12 @@ def generate(run: Run, device: Any, looks: HostLooks, kind: str) -> dict[str, An
         looks.clear()
         ask()
         found[name] = looks.report()
-        found.setdefault("operators", sorted(looks.operators))
+        found["operators"][name] = sorted(looks.operators)
     steps.READ_TOGETHER = 32
     fast = engine(recorder=lambda: capture)
     looks.clear()
     fast.generate(greedy)
+    found["operators"]["recorded"] = sorted(looks.operators)
     return found | {"recorded": looks.report(), "recordings": recorded}
 
 

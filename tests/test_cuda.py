@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from modellink.ops import reference
-from modellink.ops.attention import attend_rows, attention, lower_right
+from modellink.ops.attention import RowLengths, attend_rows, attention, lower_right
 from modellink.ops.cross_entropy import vocab_parallel_cross_entropy
 from modellink.ops.forms import Situation, forms_in_use
 from modellink.ops.parallel_linear import accumulate_weight_gradient
@@ -98,6 +98,19 @@ def test_attention_over_a_cache(dtype: torch.dtype, queries: int, keys: int) -> 
     for mask in (lower_right(queries, keys, query.device), rows):
         torch.testing.assert_close(attend_rows(query, key, value, mask),
                                    reference.attend_rows(query, key, value, mask), **CLOSE[dtype])
+
+
+@pytest.mark.parametrize(("queries", "lengths"), [(1, [60, 33, 1]), (3, [60, 3, 41]), (50, [80])])
+def test_rows_of_a_cache_by_their_lengths(dtype: torch.dtype, queries: int, lengths: list[int]) -> None:
+    """Steps, and parts of a prompt: nothing behind the end of a row is seen."""
+    query = on_device(len(lengths), 4, queries, 64, dtype=dtype).detach()
+    memory = on_device(2, 4, 2, 100, 64, dtype=dtype, seed=1).detach()
+    key, value = memory[:, :len(lengths)]
+    ends = RowLengths(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max(lengths), lengths)
+    places = ends.device[:, None, None] - queries + torch.arange(queries, device=DEVICE)[:, None]
+    seen = (torch.arange(max(lengths), device=DEVICE) <= places)[:, None]
+    torch.testing.assert_close(attend_rows(query, key, value, seen, lengths=ends),
+                               reference.attend_rows(query, key, value, seen, lengths=ends), **CLOSE[dtype])
 
 
 def test_weight_gradient(dtype: torch.dtype) -> None:

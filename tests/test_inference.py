@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 
 from modellink.data.tokenizer import load_tokenizer
 from modellink.inference.request import Answer, Finish, NextToken, Request, SamplingSettings
-from modellink.inference.sampling import Sampler, candidates, processed
+from modellink.inference.sampling import Sampler, candidates, draw_together, processed
 from modellink.inference.text import Detokenizer, StopStrings, answer_text, in_order, stream_text
 
 
@@ -39,7 +39,7 @@ def test_top_k_and_top_p_in_closed_form() -> None:
 
     def kept(**values: Any) -> dict[int, float]:
         ids, scores = candidates(logits, SamplingSettings(greedy=False, **values))
-        return dict(zip(ids.tolist(), scores.softmax(0).tolist()))
+        return {token: share for token, share in zip(ids.tolist(), scores.softmax(0).tolist()) if share}
 
     assert kept() == pytest.approx(dict(enumerate(shares.tolist())))
     assert kept(top_k=2) == pytest.approx({1: 4 / 7, 3: 3 / 7})
@@ -155,6 +155,17 @@ def test_samples_come_as_often_as_they_are_likely() -> None:
     for count, share in zip(counts, [0.1, 0.4, 0.0, 0.3, 0.15]):
         p = share / 0.95
         assert abs(count - draws * p) <= 4 * math.sqrt(draws * p * (1 - p))
+
+
+def test_numbers_drawn_ahead_are_those_drawn_alone() -> None:
+    """Request by request, also where one ends, another joins and one is alone for a step."""
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(1))
+    together, alone = ([Sampler(SamplingSettings(greedy=False, seed=seed)) for seed in range(3)] for _ in range(2))
+    for step, rows in enumerate(([0, 1, 2], [0, 1], [1], [], [1, 2], [0, 1, 2])):
+        draw_together([together[row] for row in rows], 500)
+        got = [int(together[row].choose(logits[step])) for row in rows]
+        assert got == [int(alone[row].choose(logits[step])) for row in rows]
+    assert len({int(sampler.choose(logits[0])) for sampler in alone}) > 1
 
 
 @pytest.mark.parametrize("text", ["你好，世界！再见", "naïve café — ok", "🙂 \U0001f469\u200d\U0001f467 x",

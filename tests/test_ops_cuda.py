@@ -19,7 +19,7 @@ from modellink.checks.wishes import wish_notices
 from modellink.config import ConfigError
 from modellink.config.settings import parse_settings
 from modellink.ops import reference
-from modellink.ops.attention import lower_right, torch_attend_rows, torch_attention
+from modellink.ops.attention import RowLengths, lower_right, torch_attend_rows, torch_attention
 from modellink.ops.cross_entropy import torch_cross_entropy
 from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.cuda import cross_entropy as cuda_cross_entropy
@@ -32,6 +32,7 @@ from modellink.parallel.dims import ParallelDims
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = {FP32: {"atol": 2e-6, "rtol": 2e-5}, BF16: {"atol": 4e-2, "rtol": 4e-2}}
 GROUPED = {"heads": 40, "groups": 8}
+LOOKS = (library.liger_missing, library.triton_missing, library.varlen_missing)
 
 
 def chosen(situation: Situation) -> dict[str, Choice]:
@@ -49,10 +50,10 @@ def with_liger(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def looked_at_again() -> Iterator[None]:
     """What is installed is not known from before, nor remembered."""
-    for function in (library.liger_missing, library.triton_missing):
+    for function in LOOKS:
         function.cache_clear()
     yield
-    for function in (library.liger_missing, library.triton_missing):
+    for function in LOOKS:
         function.cache_clear()
 
 
@@ -86,12 +87,25 @@ def each_sample(ends: Tensor, scale: float | None, q: Tensor, k: Tensor, v: Tens
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def check_call(q: Tensor, ends: Tensor, longest: int, causal: bool, left: int | None, right: int | None) -> None:
+def check_call(q: Tensor, ends: Tensor, longest: int) -> None:
     """What flash attention demands of its arguments."""
     assert q.dtype in (torch.float16, torch.bfloat16) and q.dim() == 3 and q.stride(-1) == 1
     assert ends.dtype == torch.int32 and ends.is_contiguous() and ends[0] == 0 and ends[-1] == q.shape[0]
     assert longest == int(ends.diff().max()) and int(ends.diff().min()) > 0
-    assert causal and (left, right) == (-1, 0)
+
+
+def over_a_cache(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, starts: Tensor, max_k: int, used: Tensor,
+                 causal: bool, scale: float | None) -> Tensor:
+    """The kernel where it is told how many tokens of each row it reads: its queries are the last of them."""
+    assert starts.dtype == used.dtype == torch.int32 and len(starts) == len(q_ends) == len(used) + 1
+    assert int(used.max()) <= max_k <= int(starts.diff().min()) and k.stride() == v.stride() and k.stride(-1) == 1
+    parts = []
+    for (a, b), start, count in zip(pairwise(q_ends.tolist()), starts.tolist(), used.tolist()):
+        rows = [x.transpose(0, 1)[None] for x in (q[a:b], k[start:start + count], v[start:start + count])]
+        seen = torch.ones(b - a, count, dtype=torch.bool).tril(count - (b - a) if causal else count)
+        out = reference._Attention.forward(Kept(), *rows, seen, q.shape[-1] ** -0.5 if scale is None else scale)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 @pytest.fixture
@@ -101,12 +115,18 @@ def flash_on_cpu() -> Iterator[list[str]]:
 
     def forward(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, max_q: int, max_k: int,
                 dropout: float, causal: bool, return_debug_mask: bool, *, scale: float | None = None,
-                window_size_left: int | None = None, window_size_right: int | None = None, **unused: Any) -> Any:
-        called.append("forward")
-        check_call(q, q_ends, max_q, causal, window_size_left, window_size_right)
-        assert dropout == 0.0 and max_k == max_q and all(value is None for value in unused.values())
-        assert torch.equal(q_ends, k_ends)
-        (out,) = each_sample(q_ends, scale, q, k, v)
+                window_size_left: int | None = None, window_size_right: int | None = None,
+                seqused_k: Tensor | None = None, **unused: Any) -> Any:
+        called.append("forward" if seqused_k is None else "over a cache")
+        check_call(q, q_ends, max_q)
+        assert dropout == 0.0 and all(value is None for value in unused.values())
+        assert (window_size_left, window_size_right) == ((-1, 0) if causal else (-1, -1))
+        if seqused_k is None:
+            assert causal and max_k == max_q and torch.equal(q_ends, k_ends)
+            (out,) = each_sample(q_ends, scale, q, k, v)
+        else:
+            assert causal == (max_q > 1)
+            out = over_a_cache(q, k, v, q_ends, k_ends, max_k, seqused_k, causal, scale)
         return out, torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2, dtype=torch.uint64), torch.zeros(0), q[:0]
 
     def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_ends: Tensor,
@@ -114,7 +134,8 @@ def flash_on_cpu() -> Iterator[list[str]]:
                  scale: float | None = None, window_size_left: int | None = None,
                  window_size_right: int | None = None) -> Any:
         called.append("backward")
-        check_call(q, q_ends, max_q, causal, window_size_left, window_size_right)
+        check_call(q, q_ends, max_q)
+        assert causal and (window_size_left, window_size_right) == (-1, 0)
         return tuple(each_sample(q_ends, scale, q, k, v, grad))
 
     kernels = torch.library.Library("aten", "IMPL")
@@ -179,6 +200,42 @@ def test_attention_over_a_cache(dtype: torch.dtype, groups: int, queries: int, k
     for mask in (lower_right(queries, keys, query.device), tree, rows, rows.expand(2, 1, queries, keys), each):
         torch.testing.assert_close(cuda_attention.attend_rows(query, key, value, mask),
                                    reference.attend_rows(query, key, value, mask), **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize(("queries", "lengths"), [(1, [8, 5, 1]), (3, [8, 3, 11]), (4, [9])])
+def test_rows_of_a_cache_by_their_lengths(flash_on_cpu: list[str], groups: int, queries: int, lengths: list[int]
+                                          ) -> None:
+    """Steps, and parts of a prompt at an offset: read where they lie, and nothing behind their ends is seen."""
+    query = leaf(len(lengths), 6, queries, 8, dtype=BF16).detach()
+    memory = leaf(2, 4, groups, 12, 8, seed=1, dtype=BF16).detach()  # of 4 rows, as a cache holds them
+    for row, end in enumerate(lengths):
+        memory[:, row, :, end:] = float("nan")
+    key, value = memory[:, :len(lengths)]
+    places = torch.tensor(lengths)[:, None, None] - queries + torch.arange(queries)[:, None]
+    seen = (torch.arange(max(lengths))[None, None] <= places)[:, None]
+    expected = reference.attend_rows(query, *(x[:, :, :max(lengths)].nan_to_num(0.0) for x in (key, value)), seen, 0.3)
+    ends = RowLengths(torch.tensor(lengths, dtype=torch.int32), max(lengths), lengths)
+    for rows in ((key, value), tuple(x[:, :, :11] for x in (key, value)), tuple(x.clone() for x in (key, value))):
+        got = cuda_attention.attend_lengths(query, *rows, seen, 0.3, lengths=ends)
+        assert got.shape == query.shape
+        torch.testing.assert_close(got, expected, **CLOSE[BF16])
+    assert flash_on_cpu == ["over a cache"] * 3
+    assert set(ends._starts) == {queries, 12 if len(lengths) == 1 else groups * 12} | (
+        {11} if len(lengths) == 1 else set())
+
+
+def test_what_needs_no_lengths_over_a_cache(flash_on_cpu: list[str]) -> None:
+    """Rows of one length, and a mask that says more than a length: scaled_dot_product_attention."""
+    query, key, value = (x.permute(1, 2, 0, 3).detach() for x in heads(3, 8, 6, 2, 2, BF16))
+    tree = torch.rand(3, 8, generator=torch.Generator().manual_seed(5)) < 0.5
+    tree[:, 0] = True
+    torch.testing.assert_close(cuda_attention.attend_lengths(query, key, value, tree),
+                               reference.attend_rows(query, key, value, tree), **CLOSE[BF16])
+    step, ends = query[:, :, :1], RowLengths(torch.tensor([5, 5], dtype=torch.int32), 5, [5, 5])
+    torch.testing.assert_close(cuda_attention.attend_lengths(step, key, value, None, lengths=ends),
+                               reference.attend_rows(step, key[:, :, :5], value[:, :, :5], None), **CLOSE[BF16])
+    assert flash_on_cpu == []
 
 
 class Asked(TorchFunctionMode):
@@ -253,8 +310,12 @@ def test_a_gpu_with_everything(with_liger: None) -> None:
     assert got["rms_norm"].form.run is pointwise.rms_norm and got["rotary"].form.run is pointwise.rotate
     assert got["cross_entropy"].form.run is cuda_cross_entropy.cross_entropy
     assert got["swiglu"].form.run is pointwise.swiglu and got["attention"].form.run is cuda_attention.attention
-    assert got["cached_attention"].form.run is torch_attend_rows  # as many groups as heads: nothing to fold
-    assert chosen(Situation("cuda", **GROUPED))["cached_attention"].form.run is cuda_attention.attend_rows
+    assert got["cached_attention"].form.run is cuda_attention.attend_lengths
+    wide = chosen(Situation("cuda", dtype=FP32))["cached_attention"]
+    assert wide.form.run is torch_attend_rows  # as many groups as heads: nothing to fold
+    assert "flash attention takes float16, bfloat16 and not float32" in str(wide)
+    grouped = chosen(Situation("cuda", dtype=FP32, **GROUPED))
+    assert grouped["cached_attention"].form.run is cuda_attention.attend_rows
 
 
 def test_what_is_used_without_liger(without_liger: None) -> None:
@@ -307,8 +368,8 @@ def test_why_a_fused_form_does_not_run(with_liger: None, changes: dict[str, Any]
     assert choice.form.devices == () and reason in str(choice)
 
 
-def test_an_older_varlen_attn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its signature of torch 2.10, and one that has windows but no groups yet."""
+def test_an_older_varlen_attn_is_not_called(looked_at_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signature of torch 2.10, and one that has windows but no groups yet and reads rows to their end."""
     import torch.nn.attention.varlen as module
 
     monkeypatch.setattr(module, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
@@ -316,6 +377,8 @@ def test_an_older_varlen_attn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> 
     assert "has no scale, window_size" in str(chosen(Situation("cuda"))["attention"])
     monkeypatch.setattr(module, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
                         return_aux=None, scale=None, window_size=(-1, -1): None)
+    library.varlen_missing.cache_clear()
+    assert "has no seqused_k" in str(chosen(Situation("cuda"))["cached_attention"])
     assert chosen(Situation("cuda"))["attention"].form.run is cuda_attention.attention
     assert "has no enable_gqa" in str(chosen(Situation("cuda", **GROUPED))["attention"])
 

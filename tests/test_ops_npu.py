@@ -16,7 +16,7 @@ import modellink.ops.npu
 from modellink.config import ConfigError
 from modellink.inference.cache import KVCache, Piece
 from modellink.ops import reference
-from modellink.ops.attention import attend_rows, lower_right
+from modellink.ops.attention import RowLengths, attend_rows, lower_right
 from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.forms import Situation, forms_in_use
 from modellink.ops.npu import attention as npu_attention
@@ -141,8 +141,8 @@ def test_whole_rows_of_a_cache_with_their_lengths(operators: Any, queries: int) 
     """What lies behind a length is not seen, whatever the mask of the other forms is; rows of different lengths."""
     query = leaf(2, 4, queries, 16, dtype=BF16).detach()
     rows = [leaf(2, 2, 12, 16, seed=seed, dtype=BF16).detach() for seed in (1, 2)]
-    lengths = [8, 5]
-    last = torch.tensor(lengths)[:, None, None] - queries + torch.arange(queries)[:, None]
+    lengths = RowLengths(torch.tensor([8, 5], dtype=torch.int32), 8, [8, 5])
+    last = lengths.device[:, None, None] - queries + torch.arange(queries)[:, None]
     places = torch.arange(8)[None, None] <= last
     expected = reference.attend_rows(query, *(x[:, :, :8] for x in rows), places[:, None])
     for mask in (None, places[:, None]):
@@ -154,8 +154,13 @@ def test_whole_rows_of_a_cache_with_their_lengths(operators: Any, queries: int) 
             torch.testing.assert_close(got, expected, **CLOSE[BF16])
     for form in (attend_rows, cuda_attention.attend_rows, reference.attend_rows):
         torch.testing.assert_close(form(query, *rows, places[:, None], lengths=lengths), expected, **CLOSE[BF16])
-    prefill = npu_attention.attend_rows(query[:1], *(x[:1] for x in rows), None, lengths=[queries + 2])
-    torch.testing.assert_close(prefill, reference.attend_rows(query[:1], *(x[:1, :, :queries + 2] for x in rows), None),
+    device_only = RowLengths(lengths.device, 8)  # the operator takes numbers of the host: the mask says it then
+    torch.testing.assert_close(npu_attention.attend_rows(query, *rows, places[:, None], lengths=device_only), expected,
+                               **CLOSE[BF16])
+    end = queries + 2
+    prefill = npu_attention.attend_rows(query[:1], *(x[:1] for x in rows), None, lengths=RowLengths(
+        torch.tensor([end], dtype=torch.int32), end, [end]))
+    torch.testing.assert_close(prefill, reference.attend_rows(query[:1], *(x[:1, :, :end] for x in rows), None),
                                **CLOSE[BF16])
 
 

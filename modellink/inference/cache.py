@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modellink.ops.attention import attend_rows, lower_right
+from modellink.device.copies import queued_copy
+from modellink.ops.attention import RowLengths, attend_rows, lower_right
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class KVCache:
                         for layer in layer_numbers} if is_int8 else {}
         self._pieces: Sequence[Piece] = ()
         self._masks: list[Tensor | None] = []
-        # tokens of the rows of each call, None where its mask says more than they do
-        self._lengths: list[list[int] | None] = []
+        # of each call, None where its mask says more than they do
+        self._lengths: list[RowLengths | None] = []
         self._is_step = False
         self._places: tuple[Tensor, Tensor] = (self.positions, self.positions)
         self._longest = 0
@@ -95,15 +96,17 @@ class KVCache:
     def place(self) -> None:
         """Bring to the device where the tokens of this pass stand and what each of them sees."""
         if self._is_step:
-            self.place_step(torch.tensor(self.starts).to(self._device), self._longest,
-                            is_full=min(self.starts) + 1 == self._longest)
-            self._lengths = [[start + 1 for start in self.starts]]
+            self.place_step(queued_copy(torch.tensor(self.starts), self._device), self._longest,
+                            [start + 1 for start in self.starts])
             return
         places = [piece.start + offset for piece in self._pieces
                   for offset in piece.offsets or range(len(piece.tokens))]
-        self.positions = torch.tensor(places).to(self._device)
+        ends = [piece.start + len(piece.tokens) for piece in self._pieces]
+        both = queued_copy(torch.tensor([*places, *ends]), self._device)
+        self.positions, lengths = both[:len(places)], both[len(places):].int()
         self._masks = [self._mask(piece) for piece in self._pieces]
-        self._lengths = [[piece.start + len(piece.tokens)] if piece.mask is None else None for piece in self._pieces]
+        self._lengths = [RowLengths(lengths[i:i + 1], end, [end]) if piece.mask is None else None
+                         for i, (piece, end) in enumerate(zip(self._pieces, ends))]
 
     @property
     def longest(self) -> int:
@@ -120,26 +123,28 @@ class KVCache:
         """Whether this pass has one token of each of the first rows."""
         return self._is_step
 
-    def place_step(self, positions: Tensor, end: int, is_full: bool = False) -> None:
+    def place_step(self, positions: Tensor, end: int, lengths: Sequence[int] | None = None) -> None:
         """`place` for a step, made of the positions by work of the device alone.
 
         Args:
             positions: of the tokens, [n] int64 on the device. While the rows grow only its values change, no shape.
             end: tokens of a row that are read; those behind a position are masked.
-            is_full: every row reaches to the end, and nothing is masked.
+            lengths: tokens of each row, the new one included, where the host knows them.
         """
         self.positions, self._longest = positions, end
         self._places = torch.arange(len(positions), device=self._device), positions
-        seen = None if is_full else torch.arange(end, device=self._device) <= positions[:, None]
-        self._masks = [None if seen is None else seen[:, None, None]]
-        self._lengths = [None]  # the positions of a later step are known on the device alone
+        if lengths is not None and min(lengths) == end:
+            self._masks = [None]
+        else:
+            self._masks = [(torch.arange(end, device=self._device) <= positions[:, None])[:, None, None]]
+        self._lengths = [RowLengths((positions + 1).int(), end, lengths)]
 
     def _mask(self, piece: Piece) -> Tensor | None:
         count = len(piece.tokens)
         if piece.mask is None:
             return lower_right(count, piece.start + count, self._device)
         before = torch.ones(count, piece.start, dtype=torch.bool)
-        return torch.cat((before, piece.mask), dim=1).to(self._device)
+        return queued_copy(torch.cat((before, piece.mask), dim=1), self._device)
 
     def end(self) -> None:
         """The pass is over in every layer; nothing of it stays on the device but keys and values."""
@@ -214,7 +219,7 @@ class KVCache:
         if not moved:
             return
         end = max(len(self.tokens[sources[row]]) for row in moved)
-        targets, origins = (torch.tensor(rows, device=self._device)
+        targets, origins = (queued_copy(torch.tensor(rows), self._device)
                             for rows in (moved, [sources[row] for row in moved]))
         for parts in (self._memory, self._scales):
             for part in parts.values():

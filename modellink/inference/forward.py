@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from modellink.device.copies import queued_copy
 from modellink.inference.cache import KVCache
 from modellink.models.gpt import QwenModel
 from modellink.ops.frozen_linear import Product, frozen_linear
@@ -109,7 +110,7 @@ class Stage:
         model, config = self.model, self.model.config
         cache.place()
         if model.pre_process:
-            hidden = model.embedding.word_embeddings(torch.tensor(tokens, device=self.device))
+            hidden = model.embedding.word_embeddings(queued_copy(torch.tensor(tokens), self.device))
         else:
             hidden = torch.empty(len(tokens), config.hidden_size, dtype=config.params_dtype, device=self.device)
             dist.recv(hidden, self._before, self._pipeline)
@@ -119,7 +120,7 @@ class Stage:
             dist.send(hidden.contiguous(), self._after, self._pipeline)
             return None
         if len(wanted) < len(tokens):
-            hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
+            hidden = hidden[queued_copy(torch.tensor(wanted, dtype=torch.int64), self.device)]
         return self._final_norm(hidden)
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from modellink.inference.interrupt import Interrupt
 from modellink.inference.memory import row_length
 from modellink.inference.replica import Replica
 from modellink.inference.request import Answer, Finish, NextToken, Request
-from modellink.inference.sampling import Sampler, is_plain
+from modellink.inference.sampling import Sampler, draw_together, is_plain
 
 WORTH_WAITING = 8  # tokens in common for which a prompt waits until another one is read
 
@@ -213,6 +213,8 @@ class Generation:
 def _choose_tokens(logits: Tensor, answers: Sequence[_Running]) -> Tensor:
     """[answers, 2]: token, log-probability (0 where nobody asks)."""
     chosen = logits.argmax(-1)
+    # the device computes the logits meanwhile
+    draw_together([answer.sampler for answer in answers if not answer.request.sampling.greedy], logits.shape[1])
     for row, answer in enumerate(answers):
         settings = answer.request.sampling
         if not (settings.greedy and is_plain(settings, len(answer.tokens))):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from modellink.device.copies import queued_copy
 from modellink.inference.cache import KVCache, Piece, shared_length
 from modellink.inference.replica import Replica
 from modellink.inference.request import Score
@@ -229,8 +230,9 @@ def _likelihoods(replica: Replica, hidden: Tensor | None, wants: Sequence[Want])
         logits = replica.logits(hidden[start:start + HEAD_SLICE])
         if not replica.is_chooser:
             continue
-        rows = torch.tensor([row for row, want in enumerate(some) for _ in want.targets], device=logits.device)
-        tokens = torch.tensor([token for want in some for token in want.targets], device=logits.device)
+        rows, tokens = (queued_copy(torch.tensor(numbers), logits.device) for numbers in (
+            [row for row, want in enumerate(some) for _ in want.targets],
+            [token for want in some for token in want.targets]))
         likely = logits[rows, tokens] - logits.logsumexp(-1)[rows]
         is_best = logits.argmax(-1)[rows] == tokens
         told[first:first + len(tokens)] = torch.stack((likely, is_best.float()), dim=1).cpu()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from modellink.device.copies import queued_copy
 from modellink.inference.cache import KVCache
 from modellink.inference.forward import Stage
 
@@ -43,7 +44,7 @@ class _Step:
         self._launch: Callable[[], Tensor] | None = None
 
     def __call__(self, tokens: list[int], positions: list[int]) -> Tensor:
-        self._inputs.copy_(torch.tensor([tokens, positions]))
+        self._inputs.copy_(queued_copy(torch.tensor([tokens, positions]), self._inputs.device))
         if self._launch is None:  # with true tokens and positions: recording may run the step, and it writes keys
             self._launch = self._capture(self._run)
         return self._launch().clone()  # the next launch, of any recording, writes where this one's result lies

@@ -1,6 +1,7 @@
 """Causal attention with grouped queries; the scores are never held."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,29 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from modellink.ops.forms import form_of
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """Tokens of each row of a cache that a pass reads; all its layers share one.
+
+    Attributes:
+        device: [rows] int32, where the rows are.
+        longest: no row is longer.
+        host: the same numbers on the host; None where only the device knows them, as in a recorded step.
+    """
+
+    device: Tensor
+    longest: int
+    host: Sequence[int] | None = None
+    _starts: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def starts(self, step: int) -> Tensor:
+        """Where rows begin that lie `step` tokens apart, and the end, [rows + 1] int32; made once for all layers."""
+        if step not in self._starts:
+            end = len(self.device) * step
+            self._starts[step] = torch.arange(0, end + 1, step, dtype=torch.int32, device=self.device.device)
+        return self._starts[step]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None,
@@ -56,7 +80,7 @@ def lower_right(query_length: int, key_length: int, device: torch.device) -> Ten
 
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
-                lengths: Sequence[int] | None = None) -> Tensor:
+                lengths: RowLengths | None = None) -> Tensor:
     """Attention with the batch first, as keys and values lie in a cache.
 
     Args:
@@ -65,8 +89,8 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
         mask: True where a query sees a key, broadcastable to [batch, heads, query_length, key_length]; None: all keys
             for a single query, causal for as many queries as keys.
         lengths: given when key and value are whole rows: so many tokens of each row are read, the queries are the last
-            of them, and each sees those up to itself. `mask` must say the same of the first max(lengths) keys; a form
-            takes whichever of the two it can use.
+            of them, and each sees those up to itself. `mask` must say the same of the first `lengths.longest` keys; a
+            form takes whichever of the two it can use.
 
     Returns:
         [batch, heads, query_length, head_dim].
@@ -75,16 +99,15 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
     return form(query, key, value, mask, scale, lengths=lengths)
 
 
-def longest_rows(key: Tensor, value: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+def longest_rows(key: Tensor, value: Tensor, lengths: RowLengths | None) -> tuple[Tensor, Tensor]:
     """The part of key and value that the mask of `attend_rows` is about."""
     if lengths is None:
         return key, value
-    end = max(lengths)
-    return key[:, :, :end], value[:, :, :end]
+    return key[:, :, :lengths.longest], value[:, :, :lengths.longest]
 
 
 def torch_attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
-                      lengths: Sequence[int] | None = None) -> Tensor:
+                      lengths: RowLengths | None = None) -> Tensor:
     """The portable form."""
     key, value = longest_rows(key, value, lengths)
     causal = mask is None and query.shape[2] == key.shape[2] > 1

@@ -3,12 +3,14 @@
 Nothing here is fast or saves memory. Sums and exponentials are taken in fp32, or in fp64 for fp64 tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from modellink.ops.attention import RowLengths
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -112,10 +114,10 @@ class _Attention(torch.autograd.Function):
 
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
-                lengths: Sequence[int] | None = None) -> Tensor:
+                lengths: RowLengths | None = None) -> Tensor:
     """As `modellink.ops.attention.attend_rows`."""
     if lengths is not None:
-        key, value = key[:, :, :max(lengths)], value[:, :, :max(lengths)]
+        key, value = key[:, :, :lengths.longest], value[:, :, :lengths.longest]
     rows, columns = query.shape[2], key.shape[2]
     if mask is None:
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)

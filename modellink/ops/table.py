@@ -77,6 +77,10 @@ def _flash(situation: Situation) -> str | None:
     return cuda_limits.flash_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
 
 
+def _cached_flash(situation: Situation) -> str | None:
+    return cuda_limits.cached_flash_problem(situation.dtype, situation.head_dim, situation.heads, situation.groups)
+
+
 def _grouped_queries(situation: Situation) -> str | None:
     return "every head has its own key and value" if situation.heads == situation.groups else None
 
@@ -174,6 +178,8 @@ TABLE: dict[str, tuple[Form, ...]] = {
     ),
     "cached_attention": (
         Form("npu_fused_infer_attention_score (BNSD)", npu_attention.attend_rows, NPU, _cached_attention),
+        Form("torch varlen_attn, scaled_dot_product_attention for rows of one length", cuda_attention.attend_lengths,
+             CUDA, _cached_flash),
         Form("torch scaled_dot_product_attention, heads of a group as queries", cuda_attention.attend_rows, CUDA,
              _grouped_queries),
         Form("torch scaled_dot_product_attention", attention.torch_attend_rows),

@@ -59,16 +59,19 @@ def liger_missing() -> str | None:
     return None
 
 
-def varlen_missing(is_grouped: bool) -> str | None:
+@functools.cache
+def varlen_missing(is_grouped: bool, is_cached: bool = False) -> str | None:
     """None when torch's varlen_attn takes what we give it, otherwise a few words why not.
 
-    The function is young: up to torch 2.10 it had another way to say causal, and grouped queries came later still.
+    The function is young: up to torch 2.10 it had another way to say causal; grouped queries and rows that are read in
+    part came later still.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    needed = ["scale", "window_size", *(["enable_gqa"] if is_grouped else [])]
+    needed = ["scale", "window_size", *(["enable_gqa"] if is_grouped else []),
+              *(["seqused_k"] if is_cached else [])]
     missing = [name for name in needed if name not in inspect.signature(varlen_attn).parameters]
     return f"varlen_attn of torch {torch.__version__} has no {', '.join(missing)}" if missing else None
 

@@ -68,6 +68,11 @@ def flash_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) ->
     return varlen_missing(heads != groups)
 
 
+def cached_flash_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) -> str | None:
+    """varlen_attn over rows of a cache of which it is told how many tokens it reads."""
+    return flash_problem(dtype, head_dim, heads, groups) or varlen_missing(heads != groups, is_cached=True)
+
+
 def weight_gradient_problem(x: torch.dtype, grad: torch.dtype, total: torch.dtype) -> str | None:
     """addmm of 16-bit factors into an fp32 sum."""
     if total != torch.float32:

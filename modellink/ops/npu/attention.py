@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from modellink.ops.attention import RowLengths, longest_rows
 from modellink.ops.limits import packed_problem, same_dtype_problem
 from modellink.ops.npu.library import compressed_mask, torch_npu
 from modellink.ops.npu.limits import (
@@ -69,28 +70,31 @@ def packed_calls(cu_seqlens: Sequence[int]) -> list[list[int]]:
 
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *,
-                lengths: Sequence[int] | None = None) -> Tensor:
+                lengths: RowLengths | None = None) -> Tensor:
     """As `modellink.ops.attention.attend_rows`, without autograd: BNSD, one call for prefill and decode.
 
     The operator takes contiguous tensors only. Whole rows of a cache are; so it is told of their lengths, and a mask is
     for what these cannot say.
     """
+    known = None if lengths is None else lengths.host  # the operator takes numbers of the host
+    if known is None:
+        key, value = longest_rows(key, value, lengths)
     heads, queries, head_dim = query.shape[1:]
     groups, keys = key.shape[1:3]
     require("npu_fused_infer_attention_score", same_dtype_problem(query, key, value)
             or cached_attention_problem(query.dtype, head_dim, heads, groups)
             or cache_problem(query.shape[0], queries, keys)
-            or ("it takes one mask for all heads" if lengths is None and mask is not None and mask.dim() == 4
+            or ("it takes one mask for all heads" if known is None and mask is not None and mask.dim() == 4
                 and mask.shape[1] > 1 else None))
     mode = WHOLE_MASK
     hidden: Tensor | None = None
-    if mask is not None and lengths is None:
+    if mask is not None and known is None:
         whole = mask.view((1,) * (4 - mask.dim()) + mask.shape)
         hidden = ~whole.expand(-1, -1, queries, keys).contiguous()
     elif queries > 1:
         mode, hidden = LOWER_RIGHT, compressed_mask(query.device)
     return torch_npu().npu_fused_infer_attention_score(
         query.contiguous(), key.contiguous(), value.contiguous(), atten_mask=hidden,
-        actual_seq_lengths_kv=None if lengths is None else list(lengths), num_heads=heads,
+        actual_seq_lengths_kv=None if known is None else list(known), num_heads=heads,
         scale=head_dim**-0.5 if scale is None else scale, input_layout="BNSD", num_key_value_heads=groups,
         sparse_mode=mode)[0]
