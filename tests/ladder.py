@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 RESAVE = "resave"
@@ -39,8 +41,8 @@ def read_metrics(path: Path) -> list[dict]:
     return [line for line in lines if line["kind"] == "train"]
 
 
-def run_all(cases_path: str) -> None:
-    """Every case in turn, with fresh process groups of its own layout."""
+def run_all(cases_path: str, around: Callable[[list[str]], AbstractContextManager] | None = None) -> None:
+    """Every case in turn, with fresh process groups of its own layout, inside what `around` gives for its words."""
     import torch
 
     torch.set_num_threads(1)
@@ -51,25 +53,26 @@ def run_all(cases_path: str) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     for case in json.loads(Path(cases_path).read_text()):
         words = case[1:] if case[0] == RESAVE else case
-        run = prepare_run(parse_settings("ladder", "", words), world_size, "train")
-        device = start(run)
-        from megatron.core import parallel_state
+        with around(words) if around is not None else nullcontext():
+            run = prepare_run(parse_settings("ladder", "", words), world_size, "train")
+            device = start(run)
+            from megatron.core import parallel_state
 
-        from modellink.training.loop import build_state, train
-        from modellink.training.state import load, save
+            from modellink.training.loop import build_state, train
+            from modellink.training.state import load, save
 
-        if case[0] == RESAVE:
-            state = build_state(run, device)
-            load(state, Path(str(run.settings.checkpoint.load)))
-            save(state, Path(str(run.settings.checkpoint.save)))
-        else:
-            train(run, device)
-        parallel_state.destroy_model_parallel()
+            if case[0] == RESAVE:
+                state = build_state(run, device)
+                load(state, Path(str(run.settings.checkpoint.load)))
+                save(state, Path(str(run.settings.checkpoint.save)))
+            else:
+                train(run, device)
+            parallel_state.destroy_model_parallel()
 
 
-def main(cases_path: str) -> None:
+def main(cases_path: str, around: Callable[[list[str]], AbstractContextManager] | None = None) -> None:
     """Worker: all cases, then the end of torch's default group."""
-    run_all(cases_path)
+    run_all(cases_path, around)
     import torch
 
     torch.distributed.destroy_process_group()

@@ -21,7 +21,9 @@ if [[ -f $ASCEND_SET_ENV ]]; then
     set -u
 fi
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
+if [[ -z ${PYTORCH_ALLOC_CONF:-} ]]; then # torch_npu refuses to start with both
+    export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
+fi
 export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}
 
 MISSING=()

@@ -55,7 +55,9 @@ class NpuDevice:
             self._module = importlib.import_module("torch_npu")
         except (ImportError, RuntimeError, OSError) as error:
             # the wheel links the CANN libraries: without a CANN installation the import itself fails
-            self._reason = f"torch_npu cannot be imported ({error}); source CANN's set_env.sh first"
+            advice = ("compare the versions of torch, torch-npu and CANN with torch-npu's release table"
+                      if os.environ.get("ASCEND_HOME_PATH") else "source CANN's set_env.sh first")
+            self._reason = f"torch_npu cannot be imported ({error}); {advice}"
 
     def unusable_reason(self) -> str | None:
         self._load()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -29,16 +30,21 @@ Place = tuple[str, Rule, int, int]  # local Megatron name, rule, stage, chunk
 def save_hf(state: TrainState, folder: Path) -> Path:
     """Write `folder/iter_NNNNNNN`, a HF folder of the current weights; every rank takes part, rank 0 writes.
 
+    Tensors travel through host memory: HCCL and nccl would keep buffers on the device for every rank that sends.
+
     Returns:
         The folder that was written.
     """
     target = Path(folder) / iteration_folder_name(state.progress.step)
+    timeout = timedelta(minutes=state.run.settings.parallel.distributed_timeout_minutes)
+    group = dist.new_group(backend="gloo", timeout=timeout)
     with complete_parameters(state.chunks), torch.no_grad():
         if dist.get_rank() == 0:
-            _write(state, target)
+            _write(state, target, group)
         else:
-            _send_all(state)
+            _send_all(state, group)
     dist.barrier()
+    dist.destroy_process_group(group)
     return target
 
 
@@ -55,24 +61,25 @@ def _places(state: TrainState) -> Iterator[Place]:
 
 def _parameter(state: TrainState, name: str, chunk: int) -> Tensor:
     tensor: Tensor = state.chunks[chunk].module.get_parameter(name).detach()
-    return tensor.contiguous()
+    return tensor.contiguous().cpu()
 
 
-def _send_all(state: TrainState) -> None:
+def _send_all(state: TrainState, group: dist.ProcessGroup) -> None:
     """What a rank other than 0 does: hand over its part of each tensor, in order."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
     mine = parallel_state.get_pipeline_model_parallel_rank()
     for name, rule, stage, chunk in _places(state):
         if stage == mine and (rule.dim is not None or parallel_state.get_tensor_model_parallel_rank() == 0):
-            dist.send(_parameter(state, name, chunk), 0)
+            dist.send(_parameter(state, name, chunk), 0, group)
 
 
 class _Gathering:
     """Rank 0's view of all tensors; they must be asked for in order."""
 
-    def __init__(self, state: TrainState):
+    def __init__(self, state: TrainState, group: dist.ProcessGroup):
         self.state = state
+        self._group = group
         self._held: tuple[str, list[Tensor]] = ("", [])
 
     def read(self, place: Place, hf: HFTensor) -> list[Tensor]:
@@ -93,15 +100,15 @@ class _Gathering:
         # ranks are numbered tensor first, pipeline last; the first replica of each part sends
         rank = stage * (dist.get_world_size() // layout.pipeline) + tensor_rank
         if rank == 0:
-            return _parameter(self.state, name, chunk).cpu()
+            return _parameter(self.state, name, chunk)
         part = torch.empty(rule.local_shape(layout.tensor, self.state.run.padded_vocab_size),
-                           dtype=DTYPES[self.state.run.settings.train.precision], device=self.state.device.current())
-        dist.recv(part, rank)
-        return part.cpu()
+                           dtype=DTYPES[self.state.run.settings.train.precision])
+        dist.recv(part, rank, self._group)
+        return part
 
 
-def _write(state: TrainState, target: Path) -> None:
-    run, gathering = state.run, _Gathering(state)
+def _write(state: TrainState, target: Path, group: dist.ProcessGroup) -> None:
+    run, gathering = state.run, _Gathering(state, group)
     dtype = DTYPES[run.settings.train.precision]
     tensors = [LazyTensor(hf.name, hf.shape, dtype, place[1].dim or 0, partial(gathering.read, place, hf))
                for place in _places(state) for hf in place[1].hf]

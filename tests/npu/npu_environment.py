@@ -9,6 +9,7 @@ import pytest
 
 SIMULATE = Path(__file__).with_name("simulate.py")
 WORKER = Path(__file__).with_name("worker.py")
+CANN_9 = "-cann9"  # marks a case that runs as under CANN 9
 
 
 def require_simulation() -> None:

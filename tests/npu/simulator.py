@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 OWN = ("aten::empty.memory_format", "aten::empty_strided", "aten::empty_like", "aten::new_empty",
        "aten::new_empty_strided", "aten::record_stream", "aten::_pin_memory", "aten::is_pinned", "aten::set_",
        "aten::resize_", "aten::_reshape_alias", "aten::_unsafe_view")
+# messages of each batch that a group was told to send as one
+BATCHES: list[int] = []
 # operators between devices
 COPIES = ("aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize", "aten::set_data")
 # their second argument, the list of indices, may lie on the CPU
@@ -174,6 +176,7 @@ class GlooForNpu(dist.ProcessGroup):
         self.awaited: set[Handle] = set()
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
         self._under_way: list[tuple[Any, Any]] = []
+        self._batch: list[Handle] | None = None
 
     def getBackendName(self) -> str:
         return "hccl"
@@ -202,7 +205,10 @@ class GlooForNpu(dist.ProcessGroup):
         work = getattr(self.gloo, method)(*(value for value in lowered if value is not None))
         self._under_way = [pair for pair in self._under_way if not pair[0].is_completed()]
         self._under_way.append((work, arguments))
-        return Handle(work, self)
+        handle = Handle(work, self)
+        if self._batch is not None:
+            self._batch.append(handle)
+        return handle
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         return self._run("allreduce", tensors, opts)
@@ -257,11 +263,32 @@ class GlooForNpu(dist.ProcessGroup):
     def recv(self, tensors: Any, peer: int, tag: int) -> Any:
         return self._run("recv", tensors, peer, tag)
 
+    def _start_coalescing(self, device: torch.device) -> None:
+        """From here on calls belong to a batch, for which `_end_coalescing` gives one handle."""
+        self._batch = []
+
+    def _end_coalescing(self, device: torch.device) -> Several:
+        works, self._batch = self._batch or [], None
+        BATCHES.append(len(works))
+        return Several(works)
+
     def batch_isend_irecv(self, kinds: list[str], tensors: list[torch.Tensor], peers: list[int]) -> Any:
         """torch_npu's own call behind dist.batch_isend_irecv."""
         methods = {"isend": "send", "irecv": "recv"}
         return Several([self._run(methods[kind], [tensor], peer, 0)
                         for kind, tensor, peer in zip(kinds, tensors, peers)])
+
+
+@contextmanager
+def cann_9() -> Iterator[None]:
+    """Inside the block torch_npu takes the stub runtime for a CANN from 9.0 on, of which it reads the version once."""
+    from torch_npu.distributed import distributed_c10d
+
+    before, distributed_c10d._CANN_VERSION = distributed_c10d._CANN_VERSION, True
+    try:
+        yield
+    finally:
+        distributed_c10d._CANN_VERSION = before
 
 
 def _make_group(asked: Any, options: Any) -> dist.ProcessGroup:

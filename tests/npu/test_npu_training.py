@@ -1,6 +1,6 @@
 """Training, resuming, LoRA and generation with `--device npu` on the simulated device equal the cpu device's."""
 
-from npu_environment import WORKER, operators_of, require_simulation, without_kernel
+from npu_environment import CANN_9, WORKER, operators_of, require_simulation, without_kernel
 
 require_simulation()
 
@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[int, list[str], str]] = {
     "tp2": (2, TP2, "plain"),
     "tp2-sp": (2, TP2 + SP, "plain"),
     "pp2": (2, PP2, "plain"),
+    f"pp2{CANN_9}": (2, PP2, "plain"),
     "pp2-vpp2": (2, [*PP2, *VPP], "plain"),
     "dp2-zero": (2, ZERO, "plain"),
     "lora-tp2-sp": (2, [*LORA, *TP2, *SP], "lora"),
@@ -109,6 +110,12 @@ def test_gradients_come_through_the_nodes_of_torch_npu(world: int, folder: Path)
         assert {"NpuRmsNormBackward0", "NpuSwigluBackward0", "NpuFusionAttentionBackward0"} <= set(record["nodes"])
         assert {"npu::npu_rms_norm", "npu::npu_rotary_mul", "npu::npu_swiglu",
                 "npu::npu_fusion_attention"} <= set(record["calls"])
+
+
+def test_neighbours_send_as_torch_npu_does_under_a_new_cann(folder: Path) -> None:
+    """From CANN 9 on torch_npu makes one batch of single sends, before it was a call of its own; see `pp2` for that."""
+    batches = [json.loads(path.read_text())["batches"] for path in folder.glob("cases2-*.record")]
+    assert all(len(found) >= STEPS and set(found) <= {1, 2} for found in batches)
 
 
 @pytest.mark.parametrize("world", [1, 2])
