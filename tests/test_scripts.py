@@ -271,6 +271,15 @@ def test_ascends_environment_is_sourced_where_there_is_one(tmp_path: Path) -> No
     assert recorded_environment(tmp_path)["ASCEND_HOME"] == "here"
 
 
+def test_the_memory_setting_of_torch_npu_gives_way_to_torchs(tmp_path: Path) -> None:
+    """torch_npu ends a run that has both variables."""
+    for name, given in (("without", {}), ("with", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"})):
+        (tmp_path / name).mkdir()
+        started("pretrain_qwen15_7b_ptd.sh", tmp_path / name, {**PATHS, **given})
+        found = recorded_environment(tmp_path / name).get("PYTORCH_NPU_ALLOC_CONF")
+        assert found == (None if given else "expandable_segments:True")
+
+
 RANKS = {"0.5b": "8 = tensor 1 x pipeline 1 x data 8", "1.8b": "8 = tensor 1 x pipeline 1 x data 8",
          "4b": "8 = tensor 1 x pipeline 2 x data 4", "7b": "8 = tensor 8 with sequence parallel x pipeline 1 x data 1",
          "14b": "8 = tensor 4 with sequence parallel x pipeline 2 x data 1",
