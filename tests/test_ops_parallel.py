@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     import npu_contracts
 
-    from modellink.ops.npu.parallel_linear import ColumnLinear, RowLinear
+    from modellink.ops.npu import parallel_linear
 
     npu_contracts.COMMUNICATORS["two"] = dist.group.WORLD
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -78,13 +79,9 @@ def worker(rank: int, folder: str) -> None:
         found |= {f"reference {'added ' * accumulate}{name}": pair for name, pair in linears(
             rank, torch.float64, reference.column_linear, reference.row_linear, accumulate).items()}
 
-    def column(x: torch.Tensor, weight: torch.Tensor, group: Any, accumulate: bool) -> torch.Tensor:
-        return ColumnLinear.apply(x, weight, group, "two", accumulate)
-
-    def row(x: torch.Tensor, weight: torch.Tensor, group: Any, accumulate: bool) -> torch.Tensor:
-        return RowLinear.apply(x, weight, group, "two", accumulate)
-
-    with npu_contracts.contracts() as operators:
+    column, row = parallel_linear.column_linear, parallel_linear.row_linear
+    with (npu_contracts.contracts() as operators,
+          patch.object(parallel_linear, "communicator", lambda group: "two")):
         found |= {f"mc2 {name}": pair for name, pair in linears(rank, torch.bfloat16, column, row).items()}
         with npu_contracts.every_dtype():
             for accumulate in (False, True):

@@ -24,8 +24,7 @@ def check_kernels(run: Run, problems: ProblemList) -> None:
     if asked.use_mc2 and situation.tensor > 1 and not situation.has_adapters:
         problem: str | None = "it needs --sequence-parallel"
         if situation.is_sequence_parallel:
-            each = (limits.mc2_problem(situation.dtype, situation.tensor, width) for width in situation.widths)
-            problem = next((words for words in each if words), None)
+            problem = limits.mc2_layers_problem(situation)
         found.append(("--use-mc2", "MC2", problem))
     for flag, operator, problem in found:
         if problem is not None:

@@ -88,9 +88,7 @@ def _mc2(situation: Situation) -> str | None:
         return "it needs --sequence-parallel with tensor parallel ranks"
     if situation.has_adapters:
         return "layers with LoRA adapters have no such form"
-    problems = (limits.mc2_problem(situation.dtype, situation.tensor, width, situation.product)
-                for width in situation.widths)
-    return next((problem for problem in problems if problem), None)
+    return limits.mc2_layers_problem(situation)
 
 
 def _mindspeed(situation: Situation) -> str | None:
