@@ -135,7 +135,8 @@ def _device(settings: Settings, program: Program, elsewhere: bool) -> tuple[str,
     from modellink.device.cuda import order_kernels  # imports torch
     from modellink.device.select import select_device
 
-    if program == "train" and asked in ("auto", "cuda"):
+    # products over symmetric memory go through two streams, which one queue would make wait for each other
+    if program == "train" and asked in ("auto", "cuda") and not settings.device.use_symm_mem:
         order_kernels(settings.parallel.tensor_model_parallel_size)
     device = select_device(asked)
     return device.name, device.backend

@@ -1,7 +1,8 @@
 """The worker of `ladder.py` with every operation in its NPU form, on CPU tensors and over operator contracts.
 
 Of ours only two things are different from a run on the CPU: the choice of forms is told of an NPU, and the name of a
-communicator, which HCCL would give, is made up here.
+communicator, which HCCL would give, is made up here. Cases with --use-symm-mem are here because these workers have
+started anyway: they have the CPU's forms, and of CUDA's the two linear layers.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import ladder
 import npu_contracts
 import torch.distributed as dist
+from symmetric_memory import symmetric_linears
 
 from modellink.models import forms
 from modellink.ops.forms import Situation
@@ -27,7 +29,10 @@ real_situation = forms.situation_of
 
 
 def situation_on_npu(run: Any, device: Any) -> Situation:
-    return dataclasses.replace(real_situation(run, device), device="npu", product=PRODUCT)
+    situation = real_situation(run, device)
+    if run.settings.device.use_symm_mem:
+        return situation
+    return dataclasses.replace(situation, device="npu", product=PRODUCT)
 
 
 def communicator(group: dist.ProcessGroup) -> str:
@@ -46,10 +51,10 @@ def npu_forms() -> Iterator[None]:
 
 def main(cases_path: str) -> None:
     """Runs the cases; CASES.called holds the operators whose kernels ran on rank 0."""
-    with npu_forms():
+    with npu_forms(), symmetric_linears(Path(cases_path).parent) as called:
         ladder.main(cases_path)
     if os.environ.get("RANK", "0") == "0":
-        Path(cases_path).with_suffix(".called").write_text(json.dumps(sorted(npu_contracts.CALLED)))
+        Path(cases_path).with_suffix(".called").write_text(json.dumps(sorted({*npu_contracts.CALLED, *called})))
 
 
 if __name__ == "__main__":

@@ -180,6 +180,23 @@ def test_training_parity(world: int, layout: str, ladder: dict[int, Path], folde
             assert [record["grad_norm"] for record in records] == pytest.approx(norms, **NORM), label
 
 
+def test_training_over_symmetric_memory(folder: Path,  # noqa: F811
+                                        losses_of_transformers: dict[str, tuple[list[float], list[float]]]) -> None:
+    """Two GPUs that reach each other's memory; on the CPU the flag has no effect."""
+    need_gpus(2)
+    (choice,) = [choice for choice in choose(Situation(
+        DEVICE, dtype=FP32, tensor=2, is_sequence_parallel=True, wishes=frozenset({"use_symm_mem"})))
+        if choice.operation == "row_linear"]
+    if DEVICE == "cuda" and choice.form.run is None:
+        pytest.skip(str(choice))
+    run_cases([[*arguments(folder, "untied", "symmetric"), *LAYOUTS[2]["tp2-sp"], "--use-symm-mem", "--device",
+                DEVICE]], 2, folder)
+    expected, norms = losses_of_transformers["untied"]
+    records = read_metrics(folder / "symmetric.jsonl")
+    assert losses(records) == pytest.approx(expected, **LOSS)
+    assert [record["grad_norm"] for record in records] == pytest.approx(norms, **NORM)
+
+
 def test_bf16_training_is_near_the_cpu(folder: Path) -> None:  # noqa: F811
     for label, name in (("here", DEVICE), ("cpu", "cpu")):
         run_cases([[*arguments(folder, "tied", f"bf16.{label}"), "--bf16", "--device", name]], 1, folder)

@@ -150,6 +150,7 @@ def no_gpu() -> None:
     (["--device", "auto", "--tensor-model-parallel-size", "2"], None, "1"),
     (["--device", "cuda", "--tensor-model-parallel-size", "2"], "8", "8"),  # the user's wins
     (["--device", "cuda"], None, None),
+    (["--device", "cuda", "--tensor-model-parallel-size", "2", "--use-symm-mem"], None, None),  # in two streams
     (["--device", "cpu", "--tensor-model-parallel-size", "2"], None, None),
 ])
 def test_kernels_are_ordered_before_cuda_starts(monkeypatch: pytest.MonkeyPatch, words: list[str], mine: str | None,

@@ -6,6 +6,7 @@ arguments say, so that torch's own varlen_attn runs with its autograd.
 
 from collections.abc import Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from modellink.ops.attention import RowLengths, lower_right, torch_attend_rows, 
 from modellink.ops.cross_entropy import torch_cross_entropy
 from modellink.ops.cuda import attention as cuda_attention
 from modellink.ops.cuda import cross_entropy as cuda_cross_entropy
-from modellink.ops.cuda import library, limits, parallel_linear, pointwise
+from modellink.ops.cuda import library, limits, parallel_linear, pointwise, symmetric_linear
 from modellink.ops.forms import Choice, Situation, forms_in_use
 from modellink.ops.parallel_linear import accumulate_weight_gradient, accumulates_weight_gradients, torch_accumulate
 from modellink.ops.table import choose, describe
@@ -383,7 +384,72 @@ def test_an_older_varlen_attn_is_not_called(looked_at_again: None, monkeypatch: 
     assert "has no enable_gqa" in str(chosen(Situation("cuda", **GROUPED))["attention"])
 
 
+OVERLAPPED: dict[str, Any] = {"tensor": 2, "is_sequence_parallel": True, "wishes": frozenset({"use_symm_mem"})}
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node with four GPUs, of which two and two reach each other's memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: one // 2 == other // 2)
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({}, None), ({"dtype": FP32}, None), ({"node_ranks": 4}, None), ({"node_ranks": 2}, None),
+    ({"wishes": frozenset()}, "--use-symm-mem is off"), ({"tensor": 1, "wishes": frozenset()}, "--use-symm-mem is off"),
+    ({"is_sequence_parallel": False}, "it needs --sequence-parallel with tensor parallel ranks"),
+    ({"has_adapters": True}, "layers with LoRA adapters have no such form"),
+    ({"node_ranks": 3}, "2 tensor parallel ranks must be on one node, and not spread over nodes of 3 ranks"),
+    ({"tensor": 4}, "GPUs 0 and 2 do not reach each other's memory"),
+    ({"tensor": 8}, "it takes 8 GPUs of one node, and there are 4"),
+])
+def test_who_gets_products_over_symmetric_memory(gpus: None, changes: dict[str, Any], reason: str | None) -> None:
+    got = chosen(Situation("cuda", **{**OVERLAPPED, **changes}))
+    column, row = got["column_linear"], got["row_linear"]
+    if reason is None:
+        assert column.form.run is symmetric_linear.column_linear and row.form.run is symmetric_linear.row_linear
+        return
+    assert column.form.run is None and row.form.run is None
+    assert f"not symmetric memory, fused_all_gather_matmul: {reason}" in str(column)
+    assert f"not symmetric memory, fused_matmul_reduce_scatter: {reason}" in str(row)
+
+
+def test_doctor_says_whether_symmetric_memory_is_worth_a_trial(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without flags, and so without a layout."""
+    def said() -> str:
+        return next(line for line in describe(Situation("cuda")) if "row_linear" in line)
+
+    assert "--use-symm-mem is off" in said()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "it needs compute capability 8.0 (Ampere) or newer" in said()
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) != (2, 3))
+    assert "GPUs 2 and 3 do not reach each other's memory" in said()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "it takes 2 GPUs of one node, and there is 1" in said()
+    products = torch.ops.symm_mem
+    schema = torch._C.parse_schema("symm_mem::fused_all_gather_matmul(Tensor A, Tensor[] Bs) -> Tensor")
+    monkeypatch.setattr(products, "fused_all_gather_matmul", SimpleNamespace(default=SimpleNamespace(_schema=schema)))
+    assert f"torch {torch.__version__} does not have these products" in said()
+
+
+def test_memory_that_cannot_be_mapped_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed._symmetric_memory as memory
+
+    def refuse(group_name: str, min_size: int) -> None:
+        raise RuntimeError("CUDA driver error: invalid device ordinal\nException raised from map_block")
+
+    monkeypatch.setattr(memory, "get_symm_mem_workspace", refuse)
+    group: Any = SimpleNamespace(group_name="refused", size=lambda: 2)
+    with pytest.raises(ConfigError, match=r"^--use-symm-mem: the GPUs of 2 tensor parallel ranks cannot map each "
+                       r"other's memory \(CUDA driver error: invalid device ordinal\); .*, or leave"):
+        symmetric_linear.products(group).gathered(leaf(4, 1, 8), leaf(8, 4), True)
+
+
 @pytest.mark.parametrize(("call", "words"), [
+    (lambda: symmetric_linear.scattered_product(leaf(5, 1, 8), leaf(8, 4), SimpleNamespace(size=lambda: 2)),
+     "symm_mem.fused_matmul_reduce_scatter: 2 ranks cannot share 5 rows evenly"),
     (lambda: pointwise.rms_norm(leaf(2, 8), leaf(8), 1e-6), "RMSNorm of liger-kernel: it takes float16, bfloat16"),
     (lambda: pointwise.rotate(leaf(4, 8, dtype=FP32), leaf(4, 4), leaf(4, 4)), "rotary of liger-kernel: it takes .s"),
     (lambda: pointwise.rotate(leaf(4, 1, 1, 7, dtype=FP32), leaf(4, 1, 1, 3), leaf(4, 1, 1, 3)), "even head sizes"),

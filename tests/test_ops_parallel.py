@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,26 +26,30 @@ def own(whole: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
     return whole.chunk(RANKS, dim)[rank].clone().requires_grad_()
 
 
-def linears(rank: int, dtype: torch.dtype, column: Any, row: Any, accumulate: bool = False
+def linears(rank: int, dtype: torch.dtype, column: Any, row: Any, accumulate: bool = False, frozen: bool = False
             ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(got, expected) of values and gradients of both layers on one rank; main gradients of weights start at 1."""
+    """(got, expected) of values and gradients of both layers on one rank; main gradients of weights start at 1, frozen
+    ones get none."""
     group, found = dist.group.WORLD, {}
     for kind, function in (("column", column), ("row", row)):
         x = tensor(LENGTH, BATCH, INNER, seed=1, dtype=dtype)
         weight = tensor(INNER, INNER, seed=2, dtype=dtype) / 16
-        slope = tensor(LENGTH, BATCH, INNER, seed=3, dtype=dtype)
+        slope = tensor(LENGTH, BATCH, 2 * INNER, seed=3, dtype=dtype)[..., :INNER]  # rows that lie apart
         whole_x, whole_weight = (each.to(torch.float64, copy=True).requires_grad_() for each in (x, weight))
         (torch.nn.functional.linear(whole_x, whole_weight) * slope.double()).sum().backward()
         assert whole_x.grad is not None and whole_weight.grad is not None
         in_dim, weight_dim, out_dim = (0, 0, 2) if kind == "column" else (2, 1, 0)
         own_x, own_weight = own(x, rank, in_dim), own(weight, rank, weight_dim)
-        main: Any = own_weight
+        main: Any = own_weight.requires_grad_(not frozen)
         main.main_grad = torch.ones_like(weight.chunk(RANKS, weight_dim)[rank])
         out = function(own_x, own_weight, group, accumulate)
         out.backward(slope.chunk(RANKS, out_dim)[rank])
         expected = torch.nn.functional.linear(whole_x, whole_weight).chunk(RANKS, out_dim)[rank]
         found[f"{kind} value"] = out, expected
         found[f"{kind} input"] = own_x.grad, whole_x.grad.chunk(RANKS, in_dim)[rank]
+        if frozen:
+            assert main.grad is None
+            continue
         assert hasattr(main, "grad_added_to_main_grad") == accumulate
         got = main.main_grad - 1 if accumulate else main.grad
         found[f"{kind} weight"] = got, whole_weight.grad.chunk(RANKS, weight_dim)[rank]
@@ -69,8 +74,11 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     import npu_contracts
+    from symmetric_memory import symmetric_memory_on_cpu
+    from torch.distributed._symmetric_memory import _test_mode
 
-    from modellink.ops.npu.parallel_linear import ColumnLinear, RowLinear
+    from modellink.ops.cuda import symmetric_linear
+    from modellink.ops.npu import parallel_linear
 
     npu_contracts.COMMUNICATORS["two"] = dist.group.WORLD
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -78,13 +86,9 @@ def worker(rank: int, folder: str) -> None:
         found |= {f"reference {'added ' * accumulate}{name}": pair for name, pair in linears(
             rank, torch.float64, reference.column_linear, reference.row_linear, accumulate).items()}
 
-    def column(x: torch.Tensor, weight: torch.Tensor, group: Any, accumulate: bool) -> torch.Tensor:
-        return ColumnLinear.apply(x, weight, group, "two", accumulate)
-
-    def row(x: torch.Tensor, weight: torch.Tensor, group: Any, accumulate: bool) -> torch.Tensor:
-        return RowLinear.apply(x, weight, group, "two", accumulate)
-
-    with npu_contracts.contracts() as operators:
+    column, row = parallel_linear.column_linear, parallel_linear.row_linear
+    with (npu_contracts.contracts() as operators,
+          patch.object(parallel_linear, "communicator", lambda group: "two")):
         found |= {f"mc2 {name}": pair for name, pair in linears(rank, torch.bfloat16, column, row).items()}
         with npu_contracts.every_dtype():
             for accumulate in (False, True):
@@ -93,6 +97,18 @@ def worker(rank: int, folder: str) -> None:
         factors = tensor(4, 256, seed=7 + rank, dtype=torch.bfloat16), tensor(256, 3, seed=9, dtype=torch.bfloat16)
         for operator in (operators.npu_all_gather_base_mm, operators.npu_mm_reduce_scatter_base):
             torch.library.opcheck(operator.default, (*factors, "two", RANKS), test_utils="test_schema")
+    column, row = symmetric_linear.column_linear, symmetric_linear.row_linear
+    with symmetric_memory_on_cpu(Path(folder)) as called:
+        found |= {f"symmetric {name}": pair for name, pair in linears(rank, torch.bfloat16, column, row).items()}
+        for accumulate in (False, True):
+            found |= {f"symmetric fp64 {'added ' * accumulate}{name}": pair for name, pair in linears(
+                rank, torch.float64, column, row, accumulate).items()}
+        found |= {f"symmetric fp64 frozen {name}": pair for name, pair in linears(
+            rank, torch.float64, column, row, frozen=True).items()}
+        assert called == ["fused_all_gather_matmul", "fused_matmul_reduce_scatter", "fused_all_gather_matmul"] * 4
+        with _test_mode():
+            found |= {f"symmetric fallback {name}": pair for name, pair in linears(
+                rank, torch.float64, column, row).items()}
     found |= {f"reference {name}": pair for name, pair in losses(
         rank, reference.vocab_parallel_cross_entropy).items()}
     found |= {f"chunked {name}": pair for name, pair in losses(rank, vocab_parallel_cross_entropy).items()}
@@ -110,12 +126,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[to
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("part", ["value", "input", "weight"])
 @pytest.mark.parametrize(("form", "tolerance"), [
-    ("reference", 1e-10), ("reference added", 1e-10), ("mc2", 4e-2), ("mc2 fp64", 1e-10), ("mc2 fp64 added", 1e-10)])
+    ("reference", 1e-10), ("reference added", 1e-10), ("mc2", 4e-2), ("mc2 fp64", 1e-10), ("mc2 fp64 added", 1e-10),
+    ("symmetric", 4e-2), ("symmetric fp64", 1e-10), ("symmetric fp64 added", 1e-10), ("symmetric fallback", 1e-10)])
 def test_linear(form: str, tolerance: float, part: str, kind: str, results: list[dict[str, Any]]) -> None:
     for found in results:
         got, expected = found[f"{form} {kind} {part}"]
         torch.testing.assert_close(got.double(), expected.double(), atol=tolerance, rtol=tolerance)
         assert expected.abs().max() > 1
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_a_frozen_layer_over_symmetric_memory(kind: str, results: list[dict[str, Any]]) -> None:
+    for found in results:
+        assert f"symmetric fp64 frozen {kind} weight" not in found
+        for part in ("value", "input"):
+            got, expected = found[f"symmetric fp64 frozen {kind} {part}"]
+            torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("form", ["reference", "chunked"])

@@ -301,7 +301,8 @@ def test_mindspeed_is_asked_for_and_missing() -> None:
 
 @pytest.mark.parametrize(("wish", "operation"), [
     ("use_flash_attn", "attention"), ("use_fused_rmsnorm", "rms_norm"), ("use_fused_rotary_pos_emb", "rotary"),
-    ("use_fused_swiglu", "swiglu"), ("use_mc2", "column_linear"), ("gradient_accumulation_fusion", "weight_gradient")])
+    ("use_fused_swiglu", "swiglu"), ("use_mc2", "column_linear"), ("use_symm_mem", "row_linear"),
+    ("gradient_accumulation_fusion", "weight_gradient")])
 def test_notices_and_table_know_the_same_devices(wish: str, operation: str) -> None:
     """A wish has an effect on the NPU where the table has a form for it, and on the CPU only the weight gradient.
 

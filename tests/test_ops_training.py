@@ -1,4 +1,5 @@
-"""Training in other forms of the operations: the NPU's over operator contracts, and fused weight gradients."""
+"""Training in other forms of the operations: the NPU's over operator contracts, CUDA's layers over symmetric memory,
+and fused weight gradients."""
 
 import json
 from pathlib import Path
@@ -21,7 +22,7 @@ WIDE = {**SMALL, "hidden_size": 512, "intermediate_size": 512, "num_attention_he
         "tie_word_embeddings": False}
 # the wide model diverges at the rate of the small one, and then a rounding grows from step to step
 RATES = {"small": "1e-3", "wide": "2e-4"}
-CASES = {  # name: (weights, world, NPU forms, flags)
+CASES = {  # name: (weights, world, in the worker with NPU forms, flags)
     "cpu": ("small", 1, False, []),
     "cpu-fused": ("small", 1, False, FUSED),
     "npu": ("small", 1, True, []),
@@ -36,6 +37,7 @@ CASES = {  # name: (weights, world, NPU forms, flags)
     "cpu-fp16": ("small", 1, False, OVERFLOW),
     "npu-fp16": ("small", 1, True, OVERFLOW),
     "npu-mc2": ("wide", 2, True, ["--bf16", *TP2SP, "--use-mc2"]),
+    "symmetric-tp2": ("small", 2, True, [*TP2SP, "--use-symm-mem"]),
 }
 
 
@@ -71,7 +73,8 @@ def column(records: list[dict], name: str) -> list[float]:
     return [record[name] for record in records]
 
 
-@pytest.mark.parametrize("name", ["cpu-fused", "npu", "npu-tp2", "fused-tp2", "fused-pp2", "fused-dp2"])
+@pytest.mark.parametrize("name", ["cpu-fused", "npu", "npu-tp2", "fused-tp2", "fused-pp2", "fused-dp2",
+                                  "symmetric-tp2"])
 def test_fp32_equals_the_plain_run(name: str, results: dict[str, list[dict]]) -> None:
     expected = results["cpu"]
     assert column(results[name], "loss") == pytest.approx(column(expected, "loss"), abs=1e-5)
@@ -95,8 +98,9 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(results: dict[str
     assert column(records, "loss") == pytest.approx(column(expected, "loss"), abs=5e-3)
 
 
-def test_the_npu_forms_really_ran(folder: Path, results: dict[str, list[dict]]) -> None:
+def test_the_other_forms_really_ran(folder: Path, results: dict[str, list[dict]]) -> None:
     called = {name for path in folder.glob("*.called") for name in json.loads(path.read_text())}
     assert called >= {"npu_rms_norm", "npu_rms_norm_backward", "npu_rotary_mul", "npu_swiglu", "npu_swiglu_backward",
                       "npu_fusion_attention", "npu_fusion_attention_grad", "npu_grouped_matmul_add_",
-                      "npu_all_gather_base_mm", "npu_mm_reduce_scatter_base"}
+                      "npu_all_gather_base_mm", "npu_mm_reduce_scatter_base",
+                      "fused_all_gather_matmul", "fused_matmul_reduce_scatter"}

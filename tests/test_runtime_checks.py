@@ -14,6 +14,8 @@ from modellink.checks.wishes import wish_notices
 from modellink.config import ConfigError, run_command
 from modellink.config.settings import parse_settings
 from modellink.data.indexed import IndexedWriter
+from modellink.device.cpu import CpuDevice
+from modellink.models.forms import situation_of
 from modellink.models.run import Run
 from modellink.ops.forms import Situation
 from modellink.ops.npu import attention as npu_attention
@@ -322,3 +324,29 @@ def test_a_fused_form_that_cannot_compute_the_run(changes: dict, world: int, wor
     (sentence,) = error.value.problems
     assert sentence.startswith(said) and "or leave --use-" in sentence
     prepare("cpu")  # where a wish is only a wish
+
+
+def test_symmetric_memory_is_for_sequence_parallel_layers_on_cuda(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused where the flag could have an effect; elsewhere a line says what is used. A rank knows its node."""
+    from tiny import tiny_config
+
+    tiny_config().save_pretrained(tmp_path)
+    line = (f"--model {tmp_path} --mock-data --seq-length 16 --train-iters 1 --lr 1 --use-symm-mem "
+            "--tensor-model-parallel-size 2 --device").split()
+
+    def prepare(*words: str) -> Run:
+        return prepare_run(parse_settings("t", "t", [*line, *words]), 2, "train", elsewhere=True)
+
+    with pytest.raises(ConfigError) as error:
+        prepare("cuda")
+    (sentence,) = error.value.problems
+    assert sentence.startswith("--use-symm-mem: torch's symmetric memory cannot compute this run: it needs "
+                               "--sequence-parallel; ") and sentence.endswith("or leave --use-symm-mem out.")
+    run = prepare("cuda", "--sequence-parallel")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    situation = situation_of(run, CpuDevice())
+    assert run.notices == () and situation.wishes == {"use_symm_mem"} and situation.node_ranks == 4
+    for device in ("cpu", "npu"):
+        assert prepare(device, "--sequence-parallel").notices == (
+            f"--use-symm-mem: not available on {device}; used instead: matrix product, then its communication.",)

@@ -12,6 +12,7 @@ KERNELS: dict[str, tuple[frozenset[str], str]] = {
     "use_fused_rotary_pos_emb": (frozenset({"cuda", "npu"}), "rotary embedding of elementwise operations"),
     "use_fused_swiglu": (frozenset({"cuda", "npu"}), "SwiGLU of elementwise operations"),
     "use_mc2": (frozenset({"npu"}), "matrix product, then its communication"),
+    "use_symm_mem": (frozenset({"cuda"}), "matrix product, then its communication"),
     "use_mindspeed_ops": (frozenset({"npu"}), "the operators of modellink"),
     "jit_compile": (frozenset(), "operators as they are"),
     "masked_softmax_fusion": (frozenset(), "attention that never holds the scores"),

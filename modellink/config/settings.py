@@ -90,6 +90,9 @@ class DeviceSettings:
     use_fused_swiglu: bool = flag(False, "wish: fused SwiGLU")
     use_mc2: bool = flag(
         False, "wish: tensor parallel matrix products that overlap their communication, under --sequence-parallel")
+    use_symm_mem: bool = flag(
+        False, "wish: what --use-mc2 is on npu, for NVIDIA GPUs of one node that reach each other's memory (NVLink), "
+        "by torch's products over symmetric memory; never run on a GPU so far")
     use_mindspeed_ops: bool = flag(
         False, "wish: operators of an installed mindspeed (npu_matmul_add for --gradient-accumulation-fusion)")
     compile: str = flag(

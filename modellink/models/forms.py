@@ -1,16 +1,20 @@
 """From a run to the forms of its operations."""
 
+import dataclasses
+
 from modellink.device.base import Device
 from modellink.models.run import Run
 from modellink.ops.forms import DTYPES, Situation, use_forms
 from modellink.ops.table import choose
+from modellink.parallel.rank import Rank
 
-WISHES = ("use_mc2", "use_mindspeed_ops", "gradient_accumulation_fusion")
+WISHES = ("use_mc2", "use_symm_mem", "use_mindspeed_ops", "gradient_accumulation_fusion")
 
 
 def situation_of(run: Run, device: Device) -> Situation:
     """What the choice of forms needs to know of a run."""
-    return make_situation(run, device.name, device.product_name())
+    situation = make_situation(run, device.name, device.product_name())
+    return dataclasses.replace(situation, node_ranks=Rank.from_environment().local_world_size)
 
 
 def make_situation(run: Run, device: str, product: str) -> Situation:

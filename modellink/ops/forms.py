@@ -29,6 +29,7 @@ class Situation:
         widths: input features of the tensor parallel linear layers on one rank.
         tensor: tensor parallel ranks.
         is_sequence_parallel: the sequence is split between the layers of these ranks.
+        node_ranks: ranks on this node, 0 when not known.
         has_adapters: the linear layers carry LoRA adapters.
         wishes: the names of the kernel flags that were switched on.
     """
@@ -44,6 +45,7 @@ class Situation:
     widths: tuple[int, ...] = (4096, 11008)
     tensor: int = 1
     is_sequence_parallel: bool = False
+    node_ranks: int = 0
     has_adapters: bool = False
     wishes: frozenset[str] = field(default=frozenset())
 

@@ -26,6 +26,7 @@ from modellink.ops.cuda import cross_entropy as cuda_cross_entropy
 from modellink.ops.cuda import limits as cuda_limits
 from modellink.ops.cuda import parallel_linear as cuda_linear
 from modellink.ops.cuda import pointwise as cuda_pointwise
+from modellink.ops.cuda import symmetric_linear
 from modellink.ops.forms import Choice, Form, Situation, name_of_dtype
 from modellink.ops.limits import dtype_problem
 from modellink.ops.npu import attention as npu_attention
@@ -85,16 +86,22 @@ def _grouped_queries(situation: Situation) -> str | None:
     return "every head has its own key and value" if situation.heads == situation.groups else None
 
 
-def _mc2(situation: Situation) -> str | None:
-    if "use_mc2" not in situation.wishes:
-        return "--use-mc2 is off"
+def _overlapped(situation: Situation, wish: str) -> str | None:
+    if wish not in situation.wishes:
+        return f"--{wish.replace('_', '-')} is off"
     if not situation.is_sequence_parallel:
         return "it needs --sequence-parallel with tensor parallel ranks"
-    if situation.has_adapters:
-        return "layers with LoRA adapters have no such form"
-    problems = (limits.mc2_problem(situation.dtype, situation.tensor, width, situation.product)
-                for width in situation.widths)
-    return next((problem for problem in problems if problem), None)
+    return "layers with LoRA adapters have no such form" if situation.has_adapters else None
+
+
+def _mc2(situation: Situation) -> str | None:
+    return _overlapped(situation, "use_mc2") or limits.mc2_layers_problem(situation)
+
+
+def _symmetric(situation: Situation) -> str | None:
+    # the machine first: doctor, which knows no flags, then says whether the flag is worth a trial
+    return (cuda_limits.symmetric_memory_problem(situation.tensor, situation.node_ranks)
+            or _overlapped(situation, "use_symm_mem"))
 
 
 def _mindspeed(situation: Situation) -> str | None:
@@ -221,11 +228,13 @@ TABLE: dict[str, tuple[Form, ...]] = {
     ),
     "column_linear": (
         Form("MC2, npu_all_gather_base_mm", npu_linear.column_linear, NPU, _mc2),
+        Form("symmetric memory, fused_all_gather_matmul", symmetric_linear.column_linear, CUDA, _symmetric),
         Form("megatron-core, collectives beside the products of the backward", None),
         Form("plain formulas", reference.column_linear),
     ),
     "row_linear": (
         Form("MC2, npu_mm_reduce_scatter_base", npu_linear.row_linear, NPU, _mc2),
+        Form("symmetric memory, fused_matmul_reduce_scatter", symmetric_linear.row_linear, CUDA, _symmetric),
         Form("megatron-core, product and then its collective", None),
         Form("plain formulas", reference.row_linear),
     ),

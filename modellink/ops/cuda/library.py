@@ -19,6 +19,9 @@ LIGER = {
 }
 
 
+SYMMETRIC_MEMORY = "torch.distributed._symmetric_memory"
+
+
 @functools.cache
 def liger(operation: str) -> Any:
     """The autograd function of an operation.
@@ -84,6 +87,21 @@ def addmm_missing() -> str | None:
     if "dtype_out" in torch.ops.aten.addmm.overloads():
         return None
     return f"addmm of torch {torch.__version__} has no out_dtype"
+
+
+def symmetric_memory_missing() -> str | None:
+    """None when torch has the products over symmetric memory as we call them, otherwise a few words why not.
+
+    They are the same in torch 2.11 and 2.13; their module, which defines them, is not a public one yet.
+    """
+    try:
+        importlib.import_module(SYMMETRIC_MEMORY)
+        gathered, _ = torch.ops.symm_mem.fused_all_gather_matmul, torch.ops.symm_mem.fused_matmul_reduce_scatter
+        if "return_A" in {argument.name for argument in gathered.default._schema.arguments}:
+            return None
+    except (ImportError, AttributeError):
+        pass
+    return f"torch {torch.__version__} does not have these products"
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,15 +1,24 @@
-"""What Triton kernels, flash attention and addmm take, as checks before the call.
+"""What Triton kernels, flash attention, addmm and products over symmetric memory take, as checks before the call.
 
 Sources: liger_kernel/ops of liger-kernel 0.8.5 (the dtypes it maps to Triton's, MAX_FUSED_SIZE), Triton's largest block
-(2^20 elements), the conditions under which torch's flash attention runs (aten/src/ATen/native/transformers/cuda), and
-what addmm with an out_dtype checks (aten/src/ATen/native/cuda/Blas.cpp). A `..._problem` function gives a few words, or
-None.
+(2^20 elements), the conditions under which torch's flash attention runs (aten/src/ATen/native/transformers/cuda), what
+addmm with an out_dtype checks (aten/src/ATen/native/cuda/Blas.cpp), and where torch runs its own tests of symmetric
+memory (requires_cuda_p2p_access in torch/testing/_internal/common_utils.py). A `..._problem` function gives a few
+words, or None.
 """
+
+from itertools import combinations
 
 import torch
 
 from modellink.config import ConfigError
-from modellink.ops.cuda.library import addmm_missing, liger_missing, triton_missing, varlen_missing
+from modellink.ops.cuda.library import (
+    addmm_missing,
+    liger_missing,
+    symmetric_memory_missing,
+    triton_missing,
+    varlen_missing,
+)
 from modellink.ops.forms import name_of_dtype
 from modellink.ops.limits import HALF, dtype_problem
 
@@ -18,6 +27,7 @@ TRITON_BLOCK = 1 << 20
 # its backward knows wider heads on some chips only
 FLASH_HEAD_DIM = 192
 FLASH_CAPABILITY = (8, 0)
+SYMMETRIC_CAPABILITY = (8, 0)
 
 
 def require(kernel: str, problem: str | None) -> None:
@@ -80,3 +90,35 @@ def weight_gradient_problem(x: torch.dtype, grad: torch.dtype, total: torch.dtyp
     if x != grad:
         return f"input and gradient need one dtype and have {name_of_dtype(x)} and {name_of_dtype(grad)}"
     return dtype_problem(x, HALF) or addmm_missing()
+
+
+def symmetric_memory_problem(ranks: int, here: int = 0) -> str | None:
+    """Products over symmetric memory, for tensor parallel groups of GPUs of one node.
+
+    Groups are made of neighbouring ranks, and a rank has the GPU of its number on the node.
+
+    Args:
+        ranks: of a group; with one rank the question is about pairs of GPUs.
+        here: ranks on this node; 0 when nobody knows, then as many as it has GPUs.
+    """
+    problem = symmetric_memory_missing()
+    # without a GPU there is nothing more to ask: the choice is made for another machine
+    if problem is not None or not torch.cuda.is_available():
+        return problem
+    count, group = torch.cuda.device_count(), max(ranks, 2)
+    if count < group:
+        return f"it takes {group} GPUs of one node, and there {'is 1' if count == 1 else f'are {count}'}"
+    if here % ranks:
+        return f"{ranks} tensor parallel ranks must be on one node, and not spread over nodes of {here} ranks"
+    for first in range(0, (here or count) - group + 1, group):
+        for one, other in combinations(range(first, first + group), 2):
+            if not torch.cuda.can_device_access_peer(one, other):
+                return f"GPUs {one} and {other} do not reach each other's memory"
+    if torch.cuda.get_device_capability() < SYMMETRIC_CAPABILITY:
+        return "it needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def rows_problem(rows: int, ranks: int) -> str | None:
+    """A product whose rows are shared among ranks."""
+    return f"{ranks} ranks cannot share {rows} rows evenly" if rows % ranks else None

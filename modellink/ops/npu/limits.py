@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from modellink.config import ConfigError
-from modellink.ops.forms import name_of_dtype
+from modellink.ops.forms import Situation, name_of_dtype
 from modellink.ops.limits import HALF, dtype_problem
 
 ATTENTION_HEAD_DIM = 768
@@ -122,3 +122,10 @@ def mc2_problem(dtype: torch.dtype, ranks: int, inner: int, product: str = "") -
     if not low <= inner < high:
         return f"it takes products over {low} to {high - 1} features and not over {inner}"
     return dtype_problem(dtype, HALF)
+
+
+def mc2_layers_problem(situation: Situation) -> str | None:
+    """Whether MC2 can do all products of a run's tensor parallel layers."""
+    problems = (mc2_problem(situation.dtype, situation.tensor, width, situation.product)
+                for width in situation.widths)
+    return next((problem for problem in problems if problem), None)

@@ -1,8 +1,7 @@
 """MC2: tensor parallel products that overlap their communication, and the weight gradient added inside its product.
 
-The operators have no autograd; these functions are the derivatives of column and row parallel layers under sequence
-parallelism. A gather in one direction is a reduce-scatter in the other. An operator of MC2 works on the communicator of
-the group, so none starts while another collective of the group is under way.
+An operator of MC2 works on the communicator of the group, so none starts while another collective of the group is under
+way.
 """
 
 import functools
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from modellink.ops.npu.library import torch_npu
 from modellink.ops.npu.limits import GROUPED_WIDTH, mc2_problem, require, weight_gradient_problem
-from modellink.ops.parallel_linear import accumulate_weight_gradient, torch_accumulate
+from modellink.ops.overlapped_linear import ColumnLinear, OverlappedProducts, RowLinear
+from modellink.ops.parallel_linear import torch_accumulate
 
 
 def communicator(group: dist.ProcessGroup) -> str:
@@ -41,76 +41,21 @@ def scattered_product(x: Tensor, matrix: Tensor, name: str, ranks: int) -> Tenso
     return product.view(x.shape[0] // ranks, x.shape[1], -1)
 
 
-def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, accumulate: bool) -> Tensor:
-    """The gradient of weight [out, in] for x [tokens, in] and grad [tokens, out].
-
-    With `accumulate` it goes to the main gradient, as megatron-core's layers do it, and autograd gets an empty one.
-    """
-    if not accumulate:
-        return grad.t() @ x
-    main: Any = weight
-    accumulate_weight_gradient(x, grad, main.main_grad)
-    main.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
-
-
-class ColumnLinear(torch.autograd.Function):
-    """y = X w' with X = all x. X is not kept, that would undo sequence parallelism: the backward gathers it again.
-
-    It does so beside a plain product, and sums the result beside another one: an operator of MC2 has no place between
-    two collectives that are under way.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, name: str, accumulate: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group, ctx.accumulate = group, accumulate
-        return gathered_product(x, weight.t(), name, group.size())[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        grad, grad_weight = grads[0].contiguous(), None
-        if ctx.needs_input_grad[1]:
-            whole = x.new_empty(grad.shape[0], *x.shape[1:])
-            gather = dist.all_gather_into_tensor(whole, x.contiguous(), group=ctx.group, async_op=True)
-        product, grad_x = grad @ weight, torch.empty_like(x, memory_format=torch.contiguous_format)
-        if ctx.needs_input_grad[1]:
-            gather.wait()
-        scatter = dist.reduce_scatter_tensor(grad_x, product, group=ctx.group, async_op=True)
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(whole.flatten(0, 1), grad.flatten(0, 1), weight, ctx.accumulate)
-        scatter.wait()
-        return grad_x, grad_weight, None, None, None
-
-
-class RowLinear(torch.autograd.Function):
-    """y = the own rows of the sum of x w'."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, name: str, accumulate: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group, ctx.name, ctx.accumulate = group, name, accumulate
-        return scattered_product(x, weight.t(), name, group.size())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        grad_x, whole = gathered_product(grads[0], weight, ctx.name, ctx.group.size())
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(x.flatten(0, 1), whole.flatten(0, 1), weight, ctx.accumulate)
-        return grad_x, grad_weight, None, None, None
+def products(group: dist.ProcessGroup) -> OverlappedProducts:
+    """MC2's two products over a group."""
+    name, ranks = communicator(group), group.size()
+    return OverlappedProducts(group, lambda x, matrix, with_x: gathered_product(x, matrix, name, ranks),
+                              lambda x, matrix: scattered_product(x, matrix, name, ranks))
 
 
 def column_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: bool) -> Tensor:
     """As `modellink.ops.parallel_linear.column_linear`."""
-    return ColumnLinear.apply(x, weight, group, communicator(group), accumulate)
+    return ColumnLinear.apply(x, weight, products(group), accumulate)
 
 
 def row_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup, accumulate: bool) -> Tensor:
     """As `modellink.ops.parallel_linear.row_linear`."""
-    return RowLinear.apply(x, weight, group, communicator(group), accumulate)
+    return RowLinear.apply(x, weight, products(group), accumulate)
 
 
 @functools.lru_cache(maxsize=64)  # packed and variable batches have many lengths
