@@ -80,7 +80,8 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
     run = Run(settings=settings, model=model, origins=origins, dims=dims, padded_vocab_size=rows,
               seq_length=settings.train.seq_length or model.max_position_embeddings, global_batch_size=batch,
               notices=(*_notices(settings, dims, program, *device), *grown_rows_notice(stored, model, settings),
-                       *data_notices(settings)), lora=plan, device=device[0])
+                       *data_notices(settings)), lora=plan, device=device[0],
+              trains=program == "train")
     if program == "train":
         check_kernels(run, problems)
         problems.raise_if_any()

@@ -10,7 +10,8 @@ from modellink.device.options import DeviceOptions
 from modellink.device.retarget import retarget
 from modellink.device.select import select_device
 from modellink.models.run import Run
-from modellink.parallel.groups import seed_everything, start_groups
+from modellink.parallel.first_collectives import start_communicators
+from modellink.parallel.groups import pipeline_stage, seed_everything, start_groups
 from modellink.parallel.rank import Rank
 from modellink.patches.ledger import apply_patches
 
@@ -27,13 +28,19 @@ def prepare_core(device: Device) -> None:
 
 
 def start(run: Run) -> Device:
-    """Choose the device, prepare megatron-core for it, join the job and seed; rank 0 prints the run's notices."""
+    """Choose the device, prepare megatron-core for it, join the job, connect its groups and seed.
+
+    Rank 0 prints the run's notices.
+    """
     parallel = run.settings.parallel
     device = select_device(run.settings.device.device)
     device.prepare(DeviceOptions(parallel.distributed_timeout_minutes, run.settings.device.use_deter_comp,
                                  parse_buffer_sizes(parallel.hccl_buffer_size)))
     prepare_core(device)
     start_groups(device, run.dims, parallel.distributed_timeout_minutes)
+    is_interleaved = run.dims.chunks > 1
+    start_communicators(device, run.groups(pipeline_stage()), wraps=is_interleaved,
+                        has_messages=run.dims.pipeline > 1 and (is_interleaved or not run.trains))
     seed_everything(run.settings.train.seed)
     if Rank.from_environment().rank == 0:
         for notice in run.notices:

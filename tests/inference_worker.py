@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from group_worker import GroupsInUse, Operators
 from inference_cases import BEAMS, HALVES, HEADER, NUM_NEW, PAIRS, PASSES, PROMPTS, SAMPLED, SHARING, STOPS
 
 from modellink.config.errors import ConfigError
@@ -189,6 +190,17 @@ def run_alone(make: Any) -> dict[str, Any]:
     return out
 
 
+def groups_of(run: Run, make: Any) -> tuple[Operators, Operators, list[str]]:
+    """What ran on the groups in starting, what in loading and generating, and the groups that the run counts."""
+    from megatron.core import parallel_state
+
+    with GroupsInUse() as groups:
+        start(run)  # again: the groups are there
+        started = groups.take()
+        tokens_of(make(), [Request(prompt, GREEDY) for prompt in PROMPTS])
+        return started, groups.take(), run.groups(parallel_state.get_pipeline_model_parallel_rank())
+
+
 def main(folder: Path) -> None:
     cases = json.loads((folder / "cases.json").read_text())
     rank = Rank.from_environment()
@@ -210,6 +222,7 @@ def main(folder: Path) -> None:
             if rank.world_size == 1 and name == "untied":
                 results["alone", name] = run_alone(functools.partial(load_engine, run, device))
             results[key] = run_cases(load_engine(run, device))
+            results[key]["groups"] = groups_of(run, functools.partial(load_engine, run, device))
             if name == "untied":
                 chunks, raised = load_chunks(run, device)
                 raise_padding_rows(chunks[0], run.dims.tensor)

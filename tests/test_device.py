@@ -160,6 +160,7 @@ def test_kernels_are_ordered_before_cuda_starts(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", mine or "")  # so that it is as before after the test
     if mine is None:
         del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # an empty one would be the reason instead
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available",
                         lambda: seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")) or False)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from group_worker import with_collectives, with_messages
 from inference_cases import (
     BEAMS,
     HALVES,
@@ -293,3 +294,14 @@ def test_an_int8_cache_is_near_the_full_one_and_smaller(alone: Any) -> None:
     assert 0 < max(errors) < 0.02 * scale
     # heads of 16 fp32 values against 16 bytes and a scale of 4
     assert alone["int8"][1] / alone["full"][1] == pytest.approx(20 / 64)
+
+
+@pytest.mark.parametrize(("world", "layout", "name"), CASES)
+def test_the_groups_that_start_are_those_in_use(results: Results, world: str, layout: str, name: str) -> None:
+    """Stages only send to each other; a collective over all of them would take memory for nothing."""
+    for seen in results[world]:
+        started, used, counted = seen[layout, name]["groups"]
+        assert with_collectives(started) == set(counted)
+        assert with_collectives(used) == set(counted) - {"world"}  # by which the ranks join
+        assert with_messages(started) == with_messages(used)
+        assert not with_messages(used) or "PP2" in layout

@@ -1,5 +1,6 @@
 """Devices that cannot be used and jobs whose ranks do not find each other: one sentence each, in bounded time."""
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from breaking_start_worker import DEAD
 from ladder import REPO
 
 from modellink.config import ConfigError
@@ -197,12 +199,39 @@ def test_a_whole_program_ends_with_the_sentence(port: int) -> None:
     assert errors == [f"error: --master-port {port}: is in use on this node; choose another, the same on every node."]
 
 
+GROUPS_THAT_BREAK = {
+    "made": ([2, 2], "the data parallel group with cp (rank 0): ", "Unable to find address for: nosuch0; "),
+    "first": ([2, DEAD], "the tensor model parallel group (ranks 0, 1): ", "Connection ")}
+
+
+def test_a_group_that_does_not_start_ends_the_job_with_its_name(tmp_path: Path) -> None:
+    """While it is made, and at its first collective: one sentence, also on the rank that waits for the other."""
+    worker = Path(__file__).with_name("breaking_start_worker.py")
+    subprocess.run([sys.executable, str(worker), str(tmp_path)], cwd=REPO, check=True, timeout=120,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for kind, (codes, group, words) in GROUPS_THAT_BREAK.items():
+        ended = json.loads((tmp_path / f"{kind}.json").read_text())
+        logs = [(tmp_path / f"{kind}.{rank}.log").read_text() for rank in range(2)]
+        assert [code for code, _ in ended] == codes and max(seconds for _, seconds in ended) < 20, (ended, logs)
+        for rank, log in enumerate(logs):
+            sentences = [line for line in log.splitlines() if line.startswith("error: gloo does not start on rank ")]
+            assert len(sentences) == (codes[rank] == 2) and "Traceback" not in log, log
+            if rank == 0:
+                assert sentences[0].startswith(f"error: gloo does not start on rank 0 for {group}")
+                for part in (words, "modellink doctor --device cpu", "ulimit -n", "GLOO_SOCKET_IFNAME"):
+                    assert part in sentences[0]
+
+
 def test_a_sentence_is_a_cause_of_its_own(tmp_path: Path) -> None:
     """The words of a rank that could not connect are no consequence of another's failure."""
     (tmp_path / "0.log").write_text("error: gloo does not start on rank 0 of 2: Connection refused; see that ...\n")
     (tmp_path / "1.log").write_text("Traceback (most recent call last):\nRuntimeError: Connection closed by peer\n")
     failures = [Failure(1, 1, 1.0, tmp_path / "1.log"), Failure(0, 2, 2.0, tmp_path / "0.log")]
     assert first_failure(failures) == (failures[1], True)
+    (tmp_path / "2.log").write_text("error: gloo does not start on rank 2 for the model parallel group (ranks 2, 3): "
+                                    "Too many open files; see that ...\n")
+    failures.append(Failure(2, 2, 3.0, tmp_path / "2.log"))  # its peers noticed before it was done printing
+    assert first_failure(failures) == (failures[2], True)
 
 
 @pytest.mark.parametrize("value, ascending, said", [

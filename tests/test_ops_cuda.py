@@ -4,6 +4,7 @@ Flash attention has no CPU kernel. Its two aten operators get one here, made of 
 arguments say, so that torch's own varlen_attn runs with its autograd.
 """
 
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,9 +17,12 @@ from test_ops_reference import assert_same, leaf
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from modellink.checks.compiling import check_compile
 from modellink.checks.wishes import wish_notices
 from modellink.config import ConfigError
+from modellink.config.errors import ProblemList
 from modellink.config.settings import parse_settings
+from modellink.device import compilers
 from modellink.ops import reference
 from modellink.ops.attention import RowLengths, lower_right, torch_attend_rows, torch_attention
 from modellink.ops.cross_entropy import torch_cross_entropy
@@ -33,7 +37,7 @@ from modellink.parallel.dims import ParallelDims
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = {FP32: {"atol": 2e-6, "rtol": 2e-5}, BF16: {"atol": 4e-2, "rtol": 4e-2}}
 GROUPED = {"heads": 40, "groups": 8}
-LOOKS = (library.liger_missing, library.triton_missing, library.varlen_missing)
+LOOKS = (library.liger_missing, compilers.triton_missing, library.varlen_missing)
 
 
 def chosen(situation: Situation) -> dict[str, Choice]:
@@ -337,12 +341,16 @@ def test_what_is_missing_is_named(looked_at_again: None, monkeypatch: pytest.Mon
     assert got["cross_entropy"].form.run is cuda_cross_entropy.cross_entropy
     assert "not RMSNorm of liger-kernel: liger-kernel is not installed" in str(got["rms_norm"])
     library.liger_missing.cache_clear()
-    library.triton_missing.cache_clear()
+    compilers.triton_missing.cache_clear()
     monkeypatch.delenv("CC")
-    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     got = chosen(Situation("cuda"))
     for operation in ("cross_entropy", "rms_norm"):
         assert "triton finds no C compiler to start its kernels with; install gcc" in str(got[operation])
+    problems = ProblemList()
+    check_compile(parse_settings("t", "t", ["--compile", "pointwise"]), "cuda", True, problems)
+    assert problems.problems == ["--compile pointwise on cuda: triton finds no C compiler to start its kernels with; "
+                                 "install gcc or name one with CC, or leave --compile out."]
     assert got["cross_entropy"].form.run is torch_cross_entropy
 
 

@@ -1,6 +1,5 @@
 """What `--compile` needs: a device it knows, a compiler, and for whole layers no collectives inside them."""
 
-import importlib.util
 import os
 import shutil
 import sysconfig
@@ -9,6 +8,7 @@ from pathlib import Path
 from modellink.checks.values import Program
 from modellink.config.errors import ProblemList
 from modellink.config.settings import Settings
+from modellink.device.compilers import triton_missing
 
 DEVICES = ("cpu", "cuda")
 
@@ -45,11 +45,7 @@ def check_compile(settings: Settings, device: str, is_here: bool, problems: Prob
 def _missing_on(device: str) -> str | None:
     """What the code generator of a device does not find, and how to get it."""
     if device == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install 'modellink[cuda]'"
-        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-            return "triton finds no C compiler; install gcc or name one with CC"
-        return None
+        return triton_missing()
     compiler = os.environ.get("CXX", "g++")  # as torch's inductor looks for it
     if shutil.which(compiler) is None:
         return f"no C++ compiler was found ({compiler}); install g++ or name one with CXX"

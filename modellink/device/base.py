@@ -1,5 +1,6 @@
 """The protocol of a device, which every other room talks to instead of a vendor's module."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,11 +15,14 @@ class Device(Protocol):
         name: `cpu`, `cuda` or `npu`; also torch's device type.
         backend: torch.distributed backend for tensors on this device.
         namespace: the module that plays the part of `torch.cuda` for megatron-core on this device.
+        graph_recorder: makes what records the kernels that a function launches and launches them again as a whole
+            (`GraphCapture` of cuda.py); None on a device that has nothing like it.
     """
 
     name: str
     backend: str
     namespace: Any
+    graph_recorder: Callable[[], Any] | None
 
     def unusable_reason(self) -> str | None:
         """None when the device can be used here, otherwise one sentence why not."""
@@ -32,6 +36,10 @@ class Device(Protocol):
 
     def group_options(self, group: str) -> Any:
         """What torch.distributed gets as `pg_options` of a group (megatron-core's name of it, or `world`)."""
+
+    def eager_device(self) -> torch.device | None:
+        """What torch.distributed gets as `device_id`, with which every group is connected while it is made; None where
+        a group is connected at its first collective, or needs no device for it."""
 
     def profiler(self) -> Any:
         """A recorder of the work on this device, not started: `start`, `stop`, `export_chrome_trace(path)`."""

@@ -114,6 +114,7 @@ class CpuDevice:
 
     name = "cpu"
     backend = "gloo"
+    graph_recorder = None
 
     def __init__(self) -> None:
         self.namespace = cpu_namespace()
@@ -126,6 +127,9 @@ class CpuDevice:
             make_deterministic({})
 
     def group_options(self, group: str) -> Any:
+        return None
+
+    def eager_device(self) -> torch.device | None:
         return None
 
     def profiler(self) -> Any:

@@ -73,6 +73,7 @@ class CudaDevice:
 
     name = "cuda"
     backend = "nccl"
+    graph_recorder = GraphCapture
 
     def __init__(self) -> None:
         self.namespace = torch.cuda
@@ -90,6 +91,9 @@ class CudaDevice:
 
     def group_options(self, group: str) -> Any:
         return None
+
+    def eager_device(self) -> torch.device | None:
+        return self.current()
 
     def profiler(self) -> Any:
         kinds = torch.profiler.ProfilerActivity

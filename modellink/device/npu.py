@@ -24,6 +24,7 @@ class NpuDevice:
 
     name = "npu"
     backend = "hccl"
+    graph_recorder = None
 
     def __init__(self) -> None:
         self._module: Any = None
@@ -81,6 +82,9 @@ class NpuDevice:
         options = ProcessGroupHCCL.Options()
         options.hccl_config = {"hccl_buffer_size": size}
         return options
+
+    def eager_device(self) -> torch.device | None:
+        return None
 
     def profiler(self) -> Any:
         self._load()

@@ -122,7 +122,7 @@ class Engine:
         replicas = self.run.dims.data
         if replicas == 1:
             return work(items)
-        group = parallel_state.get_data_parallel_group()
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)  # as training uses
         rank = dist.get_rank(group)
         borders = [len(items) * part // replicas for part in range(replicas + 1)]
         parts: list[list[_Result]] = [[]] * replicas

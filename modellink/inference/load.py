@@ -14,7 +14,6 @@ from modellink.checkpoint.layout import Layout
 from modellink.checkpoint.load_model import load_model
 from modellink.checkpoint.sources import open_any
 from modellink.device.base import Device
-from modellink.device.cuda import GraphCapture
 from modellink.inference.engine import Engine
 from modellink.inference.memory import cache_limit, precision_of
 from modellink.models.build import build_chunks, transformer_config
@@ -68,9 +67,8 @@ def load_engine(run: Run, device: Device, *, max_kv_cache_bytes: int | None = No
     wishes = run.settings.generation
     if max_kv_cache_bytes is None:
         max_kv_cache_bytes = cache_limit(run)
-    records_steps = (wishes.cuda_graphs and device.name == "cuda" and run.lora is None
-                     and run.dims.tensor == run.dims.pipeline == 1)
+    records_steps = wishes.cuda_graphs and run.lora is None and run.dims.tensor == run.dims.pipeline == 1
     return Engine(chunks, run, device.current(), max_batch_size=wishes.max_batch_size,
                   max_kv_cache_bytes=max_kv_cache_bytes, kv_cache_dtype=kv_cache_dtype or wishes.kv_cache_dtype,
                   prefix_reuse=wishes.prefix_reuse if prefix_reuse is None else prefix_reuse,
-                  recorder=GraphCapture if records_steps else None)
+                  recorder=device.graph_recorder if records_steps else None)

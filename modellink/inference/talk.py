@@ -7,22 +7,32 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from modellink.config.errors import ConfigError
+from modellink.device.backends import group_place, reporting_start
 
 T = TypeVar("T")
 # somebody may think about a question for longer than any collective of a model may take
 PATIENCE = timedelta(days=365)
 
 
+def _all_ranks() -> dist.ProcessGroup:
+    place = group_place(dist.get_rank(), "TALK_GROUP", range(dist.get_world_size()))
+    with reporting_start("gloo", "cpu", place):
+        return dist.new_group(backend="gloo", timeout=PATIENCE, group_desc="TALK_GROUP")
+
+
 class Talk:
     """A line from the first rank to the others; every rank makes one at the same time.
 
     The others wait as long as it takes, and notice at once when the first rank is gone: its connections close.
+
+    Raises:
+        ConfigError: gloo does not connect the ranks.
     """
 
     def __init__(self) -> None:
         self.is_first = dist.get_rank() == 0
         # gloo on every device: what goes over it lies in the host's memory, and waiting costs nothing
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
+        self._group = _all_ranks() if dist.get_world_size() > 1 else None
 
     def tell(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank, on every rank.

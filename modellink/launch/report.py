@@ -69,16 +69,19 @@ def first_failure(failures: Sequence[Failure]) -> tuple[Failure, bool]:
     """The failure that caused the others, and whether it has a cause of its own.
 
     A rank whose neighbour dies may notice and exit before the neighbour is done printing; so the earliest rank whose
-    error is not about a lost connection counts, and the earliest of all when every one is.
+    error is not about a lost connection counts. Next come sentences about one: a library that does not start has no
+    other words for it. A traceback about one is a cause of nothing.
     """
-    in_time = sorted(failures, key=lambda failure: failure.seconds)
-    for failure in in_time:
+    def standing(failure: Failure) -> int:
         error = own_error(failure.log)
         # only the last lines name the exception; a traceback passes through files with gloo in their names
-        is_lost = CONSEQUENCE.search("\n".join(error.split("\n")[-5:])) and not error.startswith(SENTENCE)
-        if failure.code < 0 or not is_lost:
-            return failure, True
-    return in_time[0], False
+        if failure.code < 0 or not CONSEQUENCE.search("\n".join(error.split("\n")[-5:])):
+            return 0
+        return 1 if error.startswith(SENTENCE) else 2
+
+    in_time = sorted(failures, key=lambda failure: failure.seconds)
+    first = min(in_time, key=standing)
+    return first, standing(first) < 2
 
 
 def failure_report(failures: Sequence[Failure], stopped: Sequence[int], finished: Sequence[int],

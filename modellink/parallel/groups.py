@@ -18,8 +18,8 @@ def start_groups(device: Device, dims: ParallelDims, timeout_minutes: int) -> No
     A second model of the same layout in this process shares the groups of the first.
 
     Raises:
-        ConfigError: there is a model of another layout, this node has fewer accelerators than ranks, or the ranks
-            cannot join.
+        ConfigError: there is a model of another layout, this node has fewer accelerators than ranks, the ranks
+            cannot join, or a group does not start where that happens while it is made.
     """
     from megatron.core import parallel_state
 
@@ -42,6 +42,13 @@ def start_groups(device: Device, dims: ParallelDims, timeout_minutes: int) -> No
         virtual_pipeline_model_parallel_size=dims.chunks if dims.chunks > 1 else None,
         distributed_timeout_minutes=timeout_minutes,
     )
+
+
+def pipeline_stage() -> int:
+    """The pipeline stage of this rank, after `start_groups`."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def seed_everything(seed: int) -> None:

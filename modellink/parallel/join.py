@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from modellink.config.errors import ConfigError
+from modellink.device.backends import first_words, reporting_start
 from modellink.device.base import Device
 from modellink.device.network import interface_problem
 from modellink.parallel.rank import Rank
@@ -63,7 +64,7 @@ def join(device: Device, rank: Rank, timeout: timedelta) -> None:
         if problem is not None:
             raise ConfigError(problem)
     options: dict[str, Any] = {"timeout": timeout, "pg_options": device.group_options("world"),
-                               "device_id": device.current() if device.name == "cuda" else None}
+                               "device_id": device.eager_device()}
     if "MASTER_ADDR" in os.environ:
         store = _meet(rank, timeout)
     elif rank.world_size > 1:
@@ -72,22 +73,10 @@ def join(device: Device, rank: Rank, timeout: timedelta) -> None:
     else:  # a plain process: no port is needed
         store = dist.HashStore()
     total = torch.ones(1).to(device.current())
-    try:
+    with reporting_start(device.backend, device.name, f"on rank {rank.rank} of {rank.world_size}"):
         dist.init_process_group(device.backend, store=store, rank=rank.rank, world_size=rank.world_size, **options)
         dist.all_reduce(total)  # communicators start at the first collective
         device.synchronize()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{device.backend} does not start on rank {rank.rank} of {rank.world_size}: {first_words(error)}; see that "
-            f"every rank is up, that its driver and libraries are whole (modellink doctor --device {device.name}), "
-            "and that the network interface reaches the other nodes.") from error
-
-
-def first_words(error: Exception) -> str:
-    """The first line of what a library says, without the place in its source."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = re.sub(r"^\[[^\]]*\S+:\d+\]\s*", "", lines[0].strip())
-    return text.rstrip(".;")[:300]
 
 
 def _meet(rank: Rank, timeout: timedelta) -> dist.Store:

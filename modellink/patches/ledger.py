@@ -6,12 +6,16 @@ The rewrite for the device itself, and the switched-off jit fuser, are in `model
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import torch.distributed as dist
+
+from modellink.device.backends import group_place, reporting_start
 from modellink.device.base import Device
 from modellink.ops.adamw import FusedAdamW
 from modellink.ops.embedding import embedding
@@ -70,6 +74,21 @@ def _group_options(device: Device) -> None:
     state.get_nccl_options = lambda group, configurations: device.group_options(group)
 
 
+def _group_names(device: Device) -> None:
+    state: Any = import_module("megatron.core.parallel_state")
+    state.create_group = _naming_its_group(inspect.unwrap(state.create_group), device)
+
+
+def _naming_its_group(of_core: Any, device: Device) -> Any:
+    @functools.wraps(of_core)
+    def create_group(ranks: list[int], **options: Any) -> Any:
+        place = group_place(dist.get_rank(), options.get("group_desc") or "process group", ranks)
+        with reporting_start(options.get("backend") or device.backend, device.name, place):
+            return of_core(ranks, **options)
+
+    return create_group
+
+
 def _linear(device: Device) -> None:
     layers: Any = import_module("megatron.core.tensor_parallel.layers")
     for name in ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight"):
@@ -116,6 +135,9 @@ LEDGER: tuple[Patch, ...] = (
     Patch("group-options", "megatron.core.parallel_state.get_nccl_options", ("npu",), "0.16.1",
           "it makes options of NCCL's class; HCCL has its own, with the size of its buffers",
           "the core takes the options of a group from its caller", _group_options),
+    Patch("group-names", "megatron.core.parallel_state.create_group", ALL_DEVICES, "0.16.1",
+          "an error of the library that connects the ranks of a group does not say which group it was",
+          "the core names the group in the error", _group_names),
     Patch("linear", "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce, "
           "linear_with_frozen_weight", ("cpu",), "0.16.1",
           "it names torch's product, which is not the fastest on every CPU; the core builds the head and "

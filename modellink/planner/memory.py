@@ -11,7 +11,7 @@ from modellink.checkpoint.layout import Layout
 from modellink.device.buffers import parse_buffer_sizes, peer_bytes
 from modellink.lora.plan import is_adapter_name
 from modellink.models.run import Run
-from modellink.parallel.communicators import groups_in_use, single_neighbours
+from modellink.parallel.communicators import single_neighbours
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
@@ -184,10 +184,8 @@ def communicator_bytes(run: Run, stage: int) -> dict[str, int]:
     a size that is known beforehand."""
     if run.device != "npu":
         return {}
-    parallel = run.settings.parallel
-    sizes = parse_buffer_sizes(parallel.hccl_buffer_size)
-    found = {name: sizes.communicator_bytes(name) for name in groups_in_use(
-        run.dims, stage, is_tied=run.model.tie_word_embeddings, is_sharded=parallel.use_distributed_optimizer)}
+    sizes = parse_buffer_sizes(run.settings.parallel.hccl_buffer_size)
+    found = {name: sizes.communicator_bytes(name) for name in run.groups(stage)}
     neighbours = single_neighbours(run.dims)
     return found | ({"neighbours": neighbours * peer_bytes()} if neighbours else {})
 

@@ -168,12 +168,14 @@ class GlooForNpu(dist.ProcessGroup):
     Attributes:
         options: the `pg_options` it was made with, as torch_npu's own group keeps them.
         awaited: the calls that nobody has waited for yet.
+        calls: names of the calls that there were.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Any):
         super().__init__(rank, size)
         self.options = options
         self.awaited: set[Handle] = set()
+        self.calls: set[str] = set()
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
         self._under_way: list[tuple[Any, Any]] = []
         self._batch: list[Handle] | None = None
@@ -201,6 +203,7 @@ class GlooForNpu(dist.ProcessGroup):
         if _get_current_dispatch_mode() is not None and any(
                 isinstance(leaf, torch.Tensor) and leaf.device.type != "npu" for leaf in tree_leaves(arguments)):
             raise RuntimeError(f"{method}: hccl takes npu tensors only")
+        self.calls.add(method)
         lowered = tree_map(lambda value: host(value) if isinstance(value, torch.Tensor) else value, arguments)
         work = getattr(self.gloo, method)(*(value for value in lowered if value is not None))
         self._under_way = [pair for pair in self._under_way if not pair[0].is_completed()]

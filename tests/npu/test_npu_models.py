@@ -26,6 +26,7 @@ from modellink.runtime import prepare_run  # noqa: E402
 from modellink.start import start  # noqa: E402
 
 SEQUENCE = 4096
+FAKE = "cpu:fake,npu:fake"  # torch itself knows it for other devices only
 TP8 = "--tensor-model-parallel-size 8"
 TP8SP = f"{TP8} --sequence-parallel"
 # preset and layout: ranks, parameters of a rank. Whole models: from the tables of their config.json (0.5B ties its
@@ -65,8 +66,8 @@ def started(model: str, layout: str, ranks: int) -> Iterator[tuple[Run, Device]]
         patch.setenv("WORLD_SIZE", str(ranks))
         if ranks > 1:
             new_group = dist.new_group
-            patch.setattr(dist, "new_group", lambda *args, **options: new_group(*args, **options | {"backend": "fake"}))
-            dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+            patch.setattr(dist, "new_group", lambda *args, **options: new_group(*args, **options | {"backend": FAKE}))
+            dist.init_process_group(FAKE, rank=0, world_size=ranks, store=FakeStore())
         with simulated_npu():
             device = start(run)
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker

@@ -6,6 +6,7 @@ require_simulation()
 
 import json  # noqa: E402
 import os  # noqa: E402
+import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -28,8 +29,9 @@ def test_options_and_environment_reach_the_process_groups(tmp_path: Path) -> Non
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["groups"] == {
-            name: {"config": {"hccl_buffer_size": size}, "class": "ProcessGroupHCCL.Options"}
-            for name, size in (("world", 64), ("tp", 128), ("dp", 64), ("mp", 64))}
+            name: {"config": {"hccl_buffer_size": size}, "class": "ProcessGroupHCCL.Options", "calls": calls}
+            for name, size, calls in (("world", 64, ["allreduce"]), ("tp", 128, ["allreduce"]), ("dp", 64, []),
+                                      ("mp", 64, ["allreduce"]))}  # what is not in use takes no memory
         assert found["environment"] == {"HCCL_CONNECT_TIMEOUT": "300", "HCCL_EXEC_TIMEOUT": "300",
                                         "HCCL_DETERMINISTIC": "true"}
         assert found["internal formats"] == "disable"  # the worker has allowed them before
@@ -46,7 +48,27 @@ def failing(*words: str, **environment: str) -> str:
 
 def test_an_hccl_that_does_not_start() -> None:
     """The stub libraries have no HCCL: what torch_npu says about that becomes the sentence."""
-    assert failing().startswith("error: hccl does not start on rank 0 of 1: Failed to find function HcclGetRootInfo; ")
+    sentence = failing()
+    assert sentence.startswith("error: hccl does not start on rank 0 of 1: Failed to find function HcclGetRootInfo; ")
+    assert "--hccl-buffer-size" in sentence and "HCCL_SOCKET_IFNAME" in sentence
+
+
+def test_an_hccl_that_does_not_start_for_a_group(tmp_path: Path) -> None:
+    """torch_npu's own groups, at their first collective; the other rank waits for the first and ends with it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [subprocess.Popen(
+        [sys.executable, str(WORKER), str(tmp_path), *RUN, "--tensor-model-parallel-size", "2"], cwd=REPO, text=True,
+        stderr=subprocess.PIPE, env=dict(os.environ, TRUE_GROUPS="1", RANK=str(rank), LOCAL_RANK=str(rank),
+                                         WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                                         MASTER_PORT=str(port))) for rank in range(2)]
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2] and not any("Traceback" in text for text in said), said
+    for rank, words in ((0, "Failed to find function HcclGetRootInfo; "), (1, "")):
+        (sentence,) = [line for line in said[rank].splitlines() if line.startswith("error: ")]
+        assert sentence.startswith(f"error: hccl does not start on rank {rank} for the tensor model parallel group "
+                                   f"(ranks 0, 1): {words}")
 
 
 @pytest.mark.parametrize("environment, said", [

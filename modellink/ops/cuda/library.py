@@ -1,15 +1,15 @@
-"""Triton, liger-kernel and young functions of torch, looked at when a CUDA form is first considered."""
+"""liger-kernel and young functions of torch, looked at when a CUDA form is first considered."""
 
 import functools
 import importlib
 import importlib.util
 import inspect
-import os
-import shutil
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from modellink.device.compilers import triton_missing
 
 # operation -> (module, autograd function) of liger-kernel
 LIGER = {
@@ -34,16 +34,6 @@ def liger(operation: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except AttributeError as error:
         raise ImportError(f"no {name}") from error
-
-
-@functools.cache
-def triton_missing() -> str | None:
-    """None when Triton can compile kernels here, otherwise a few words why not."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'modellink[cuda]'"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "triton finds no C compiler to start its kernels with; install gcc or name one with CC"
-    return None
 
 
 @functools.cache

@@ -12,13 +12,8 @@ from itertools import combinations
 import torch
 
 from modellink.config import ConfigError
-from modellink.ops.cuda.library import (
-    addmm_missing,
-    liger_missing,
-    symmetric_memory_missing,
-    triton_missing,
-    varlen_missing,
-)
+from modellink.device.compilers import triton_missing
+from modellink.ops.cuda.library import addmm_missing, liger_missing, symmetric_memory_missing, varlen_missing
 from modellink.ops.forms import name_of_dtype
 from modellink.ops.limits import HALF, dtype_problem
 

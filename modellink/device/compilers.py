@@ -1,0 +1,16 @@
+"""Compilers that a library starts while a program runs."""
+
+import functools
+import importlib.util
+import os
+import shutil
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """None when Triton can compile kernels here, otherwise a few words why not and what to do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'modellink[cuda]'"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton finds no C compiler to start its kernels with; install gcc or name one with CC"
+    return None
