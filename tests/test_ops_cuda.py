@@ -322,8 +322,8 @@ def test_an_older_varlen_attn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("call", "words"), [
     (lambda: pointwise.rms_norm(leaf(2, 8), leaf(8), 1e-6), "RMSNorm of liger-kernel: it takes float16, bfloat16"),
-    (lambda: pointwise.rotate(leaf(4, 8, dtype=FP32), leaf(4, 4), leaf(4, 4)), "rotary of liger-kernel: it takes .s"),
-    (lambda: pointwise.rotate(leaf(4, 1, 1, 7, dtype=FP32), leaf(4, 1, 1, 3), leaf(4, 1, 1, 3)), "even head sizes"),
+    (lambda: pointwise.rotate(leaf(4, 8, dtype=FP32), leaf(4, 8), leaf(4, 8)), "rotary of liger-kernel: it takes .s"),
+    (lambda: pointwise.rotate(leaf(4, 1, 1, 7, dtype=FP32), leaf(4, 1, 1, 7), leaf(4, 1, 1, 7)), "even head sizes"),
     (lambda: pointwise.swiglu(leaf(4, 7, dtype=FP32)), "SwiGLU of liger-kernel: it takes an even number of features"),
     (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 1, FP32), cu_seqlens=[0, 4]), "flash attention takes float16"),
     (lambda: cuda_attention.attention(*heads(4, 4, 6, 2, 2, BF16), cu_seqlens=[0, 4]), "a batch of 1 and not 2"),

@@ -135,8 +135,8 @@ def operator_cases() -> Iterator[Case]:
         return apply_rotary(x, rotary_table(x.shape[0], x.shape[-1], 1e6, dtype=x.dtype).to(x.device))
 
     def formula(x: torch.Tensor) -> torch.Tensor:
-        table = rotary_table(x.shape[0], x.shape[-1], 1e6, dtype=x.dtype)[:, None, None]
-        return reference.rotate(x, table[..., 0, :], table[..., 1, :])
+        cos, sin, _ = rotary_table(x.shape[0], x.shape[-1], 1e6, dtype=x.dtype)[:, :, None, None]
+        return reference.rotate(x, cos, sin)
 
     def stepped(form: Callable[..., Any]) -> Callable[..., Any]:
         def step(*tensors: torch.Tensor) -> torch.Tensor:

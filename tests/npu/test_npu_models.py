@@ -42,14 +42,14 @@ NODES = {"NpuRmsNormBackward0", "NpuSwigluBackward0", "NpuFusionAttentionBackwar
 
 
 class Calls(TorchDispatchMode):
-    """Counts the npu:: operators."""
+    """Counts the npu:: operators, and aten::cat."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "npu":
+        if func.namespace == "npu" or func is torch.ops.aten.cat.default:
             self.count[func.name()] = self.count.get(func.name(), 0) + 1
         return func(*args, **(kwargs or {}))
 
@@ -131,4 +131,6 @@ def test_prefill_and_decode_over_a_cache(model: str, layout: str, ranks: int) ->
                 assert calls.count["npu::npu_fused_infer_attention_score"] == layers * passes
                 assert calls.count["npu::npu_rms_norm"] == 2 * layers + 1
                 assert calls.count["npu::npu_rotary_mul"] == calls.count["npu::npu_swiglu"] == layers
+                # answers of several passes are joined; the table of the rotation is taken as it lies
+                assert calls.count.get("aten::cat", 0) == (layers if passes > 1 else 0)
         assert cache.tokens == [[1] * SEQUENCE + [2] * 7 + [4], [3] * 5 + [5]]

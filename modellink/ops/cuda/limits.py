@@ -8,23 +8,16 @@ None.
 
 import torch
 
-from modellink.config import ConfigError
 from modellink.ops.cuda.library import addmm_missing, liger_missing, triton_missing, varlen_missing
 from modellink.ops.forms import name_of_dtype
 from modellink.ops.limits import HALF, dtype_problem
+from modellink.ops.limits import require as require  # the forms of this folder take it from here, beside the limits
 
 LIGER_ROW = 65536
 TRITON_BLOCK = 1 << 20
 # its backward knows wider heads on some chips only
 FLASH_HEAD_DIM = 192
 FLASH_CAPABILITY = (8, 0)
-
-
-def require(kernel: str, problem: str | None) -> None:
-    """Raise a ConfigError that names the kernel when there is a problem."""
-    if problem is not None:
-        raise ConfigError(f"{kernel}: {problem}; change the flag behind it (--bf16, --fp16, --fp32, the sizes of the "
-                          "model), or run with --device cpu.")
 
 
 def row_problem(dtype: torch.dtype, width: int) -> str | None:
