@@ -1,7 +1,8 @@
 """A `--runner` of tools/npu_acceptance.py under which things break: `python breaking_runner.py SCRIPT ARGUMENTS...`.
 
-Attention over a cache raises what a kernel would, a signal ends the collectives, the training of the speed part raises,
-and that of a loss curve ends well without having trained.
+Attention over a cache raises what a kernel would, in generation it does so in bf16 and gives wrong numbers in fp16; a
+signal ends the collectives, the training of the speed part raises, and that of a loss curve ends well without having
+trained.
 """
 
 import os
@@ -11,11 +12,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modellink.ops import attention
 
+attend_rows = attention.attend_rows
 
-def refuse(*tensors: Any) -> Any:
+
+def refuse(*tensors: Any, **options: Any) -> Any:
     raise RuntimeError("no kernel\nfor these shapes")
+
+
+def attend_badly(*tensors: Any, **options: Any) -> Any:
+    if tensors[0].dtype == torch.bfloat16:
+        refuse()
+    out = attend_rows(*tensors, **options)
+    return -out if out.dtype == torch.float16 else out
 
 
 def train() -> None:
@@ -33,7 +45,7 @@ def main() -> None:
         return
     if "collectives" in arguments and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGSEGV)
-    attention.attend_rows = refuse
+    attention.attend_rows = attend_badly if Path(script).name == "npu_acceptance_generation.py" else refuse
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")

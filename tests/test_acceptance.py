@@ -38,7 +38,7 @@ def test_a_kernel_that_refuses_does_not_take_the_others_with_it(broken: tuple[in
     code, report, table = broken
     rows = rows_of(report, "operators")
     failed = [row for row in rows if row["verdict"] == "FAILED"]
-    assert code == 1 and len(rows) == 51 and len(failed) == 18
+    assert code == 1 and len(rows) == 60 and len(failed) == 27
     assert all(row["case"].startswith("cached_attention") for row in failed)
     assert {row["verdict"] for row in rows if row not in failed} == {"pass"}
     for row in failed:
@@ -69,7 +69,19 @@ def test_trainings_that_raise_or_take_no_step(broken: tuple[int, dict[str, Any],
         assert (failure["traceback"].startswith("Traceback") and "KeyError: 'step'" in failure["traceback"]
                 and failure["traceback"].endswith("are missing")) == (part == "speed")
     failed = [line.split()[0] for line in table.splitlines() if line.endswith("FAILED")]
-    assert failed == ["operators"] * 18 + ["collectives", "curve", "speed"]
+    assert failed == ["operators"] * 27 + ["collectives", "curve", "generation", "speed"]
+
+
+def test_generation_that_is_right_refused_and_wrong(broken: tuple[int, dict[str, Any], str]) -> None:
+    """In fp32, bf16 and fp16: each precision has rows of its own."""
+    rows = rows_of(broken[1], "generation")
+    logits = ["prompts of 37, 5, 81, ", "11 words behind a prompt of 37, ", "8 steps of rows of different lengths, "]
+    assert [(row["case"], row["verdict"]) for row in rows] == [
+        *((f"{case}fp32", "pass") for case in (*logits, "greedy answers, ")),
+        ("bf16: RuntimeError: no kernel", "FAILED"),
+        *((f"{case}fp16", "FAIL") for case in logits), ("greedy answers, fp16", "-")]
+    assert "in attend_badly" in rows[4]["failure"]["traceback"]
+    assert rows[3]["value"] == 0 < rows[-1]["value"]
 
 
 def test_a_part_that_raises_anything(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from modellink.data.indexed import IndexedWriter
 from modellink.models.run import Run
 from modellink.ops import compiled, reference
 from modellink.ops.forms import Situation
+from modellink.ops.rotary import rotary_table
 from modellink.ops.table import choose
 from modellink.runtime import prepare_run
 
@@ -40,7 +41,7 @@ def test_compiled_formulas(dtype: torch.dtype) -> None:
         assert_same(lambda x, w: compiled.rms_norm(x, w, 1e-3), lambda x, w: reference.rms_norm(x, w, 1e-3), x, weight,
                     **close)
         assert_same(compiled.swiglu, reference.swiglu, x, **close)
-        cos, sin = leaf(length, 1, 1, 4, dtype=dtype).detach(), leaf(length, 1, 1, 4, seed=2, dtype=dtype).detach()
+        cos, sin, _ = rotary_table(length, 8, 1e4, dtype=dtype)[:, :, None, None]
         heads = x.detach().view(length, 2, 3, 8)
         torch.testing.assert_close(compiled.rotate(heads, cos, sin), reference.rotate(heads, cos, sin), **close)
 

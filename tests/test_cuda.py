@@ -69,8 +69,8 @@ def test_pointwise_operators(dtype: torch.dtype) -> None:
     assert_same(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: reference.rms_norm(x, w, 1e-6), x, weight,
                 **CLOSE[dtype])
     assert_same(swiglu, reference.swiglu, on_device(9, 2, 512, dtype=dtype), **CLOSE[dtype])
-    table = rotary_table(12, 64, 1e6, dtype=dtype, device=DEVICE, offset=2)[3:]
-    cos, sin = table[:, None, None, 0], table[:, None, None, 1]
+    table = rotary_table(12, 64, 1e6, dtype=dtype, device=DEVICE, offset=2)[:, 3:]
+    cos, sin, _ = table[:, :, None, None]
     assert_same(lambda x: apply_rotary(x, table), lambda x: reference.rotate(x, cos, sin),
                 on_device(9, 2, 6, 64, dtype=dtype), **CLOSE[dtype])
 

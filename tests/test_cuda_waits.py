@@ -51,7 +51,7 @@ def test_positions_of_packed_samples() -> None:
                                           SimpleNamespace(sequence_parallel=False, tensor_model_parallel_size=1),
                                           SimpleNamespace(cu_seqlens_q=bounds))
         rows = table(wanted)
-    assert torch.equal(rows, whole[torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0, 1], device=DEVICE)])
+    assert torch.equal(rows, whole[:, torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0, 1], device=DEVICE)])
 
 
 def test_the_preference_loss() -> None:

@@ -49,6 +49,13 @@ def test_rotary_equals_transformers(base: float) -> None:
     torch.testing.assert_close(got, expected.permute(2, 0, 1, 3), atol=1e-6, rtol=1e-6)
 
 
+def test_rotary_table() -> None:
+    """Both halves of a row are the same numbers, as forms that read the first half alone expect."""
+    table = rotary_table(7, 24, 1e4, dtype=torch.bfloat16, offset=2)
+    assert table.shape == (3, 7, 24) and torch.equal(table[..., :12], table[..., 12:])
+    assert torch.equal(table[2], -table[1]) and table[1].any()
+
+
 def test_rotary_gradient() -> None:
     table = rotary_table(5, 8, 1e4, dtype=torch.float64, offset=3)
     assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table), (leaf(5, 2, 3, 8),))

@@ -59,10 +59,24 @@ def test_rms_norm(npu_forms: None, dtype: torch.dtype) -> None:
 def test_rotation(npu_forms: None, dtype: torch.dtype, per_row: bool) -> None:
     """Layouts S11D, and SB1D for rows at their own positions."""
     x, table = leaf(6, 2, 3, 8, dtype=dtype), rotary_table(9, 8, 1e4, dtype=dtype)
-    table = table[torch.tensor([[0, 3], [1, 4], [2, 5], [3, 6], [4, 7], [5, 8]])] if per_row else table[:6]
-    shaped = table if per_row else table[:, None]
-    assert_same(lambda x: apply_rotary(x, table),
-                lambda x: reference.rotate(x, shaped[:, :, None, 0], shaped[:, :, None, 1]), x, **CLOSE[dtype])
+    table = table[:, torch.tensor([[0, 3], [1, 4], [2, 5], [3, 6], [4, 7], [5, 8]])] if per_row else table[:, :6]
+    cos, sin, _ = table[:, :, :, None] if per_row else table[:, :, None, None]
+    assert_same(lambda x: apply_rotary(x, table), lambda x: reference.rotate(x, cos, sin), x, **CLOSE[dtype])
+
+
+def test_rotation_reads_the_table_as_it_lies(operators: Any, npu_forms: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layer and its backward the operator gets contiguous parts of the table itself: none is made for it."""
+    seen: list[tuple[tuple[int, ...], bool, int]] = []
+
+    def record(x: Any, *parts: Any) -> Any:
+        seen.extend((tuple(part.shape), part.is_contiguous(), part.untyped_storage().data_ptr()) for part in parts)
+        return operators.npu_rotary_mul(x, *parts)
+
+    monkeypatch.setattr(sys.modules["torch_npu"], "npu_rotary_mul", record)
+    table = rotary_table(9, 8, 1e4, dtype=FP32)
+    for _ in range(2):  # layers
+        apply_rotary(leaf(6, 2, 3, 8, dtype=FP32), table[:, :6]).sum().backward()
+    assert seen == [((6, 1, 1, 8), True, table.untyped_storage().data_ptr())] * 8
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -272,8 +286,8 @@ def test_the_compressed_mask_is_made_once(operators: Any) -> None:
 @pytest.mark.parametrize(("call", "words"), [
     (lambda: pointwise.rms_norm(leaf(2, 8), leaf(8), 1e-6), "npu_rms_norm: it takes float16, bfloat16, float32"),
     (lambda: pointwise.rms_norm(leaf(2, 8, dtype=BF16), leaf(8, dtype=torch.float16), 1e-6), "_norm: the weight"),
-    (lambda: pointwise.rotate(leaf(4, 8, dtype=FP32), leaf(4, 4), leaf(4, 4)), "npu_rotary_mul: it takes .sequence, b"),
-    (lambda: pointwise.rotate(leaf(4, 1, 1, 896, dtype=FP32), leaf(4, 1, 1, 448), leaf(4, 1, 1, 448)),
+    (lambda: pointwise.rotate(leaf(4, 8, dtype=FP32), leaf(4, 8), leaf(4, 8)), "npu_rotary_mul: it takes .sequence, b"),
+    (lambda: pointwise.rotate(leaf(4, 1, 1, 896, dtype=FP32), leaf(4, 1, 1, 896), leaf(4, 1, 1, 896)),
      "npu_rotary_mul: it takes even head sizes below 896 and not 896"),
     (lambda: pointwise.swiglu(leaf(4, 7, dtype=FP32)), "npu_swiglu: it takes an even number of features and not 7"),
     (lambda: npu_attention.attention(*(leaf(3, 1, 1, 769, dtype=BF16) for _ in range(3))),
@@ -375,8 +389,7 @@ def test_numerical_derivatives(operators: Any, groups: int) -> None:
         assert gradcheck(operators.npu_swiglu, (leaf(2, 3, 8),))
         table = rotary_table(5, 8, 1e4, dtype=torch.float64)
         assert gradcheck(lambda x: operators.npu_rotary_mul(  # torch's own derivative of its formula, as a check of it
-            x, table[:, None, None, 0].repeat(1, 1, 1, 2), table[:, None, None, 1].repeat(1, 1, 1, 2)),
-            (leaf(5, 1, 2, 8),))
+            x, *table[:2, :, None, None]), (leaf(5, 1, 2, 8),))
 
 
 def test_every_call_is_in_the_table() -> None:

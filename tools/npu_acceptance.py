@@ -1,9 +1,10 @@
 """Acceptance of an accelerator: `python tools/npu_acceptance.py`, on the machine that has it.
 
-Compares operators with the formulas in fp64, tries collectives, trains a small model in several layouts beside the CPU,
-and measures memory and speed of a preset. Writes OUT/acceptance.json after every part and prints a table; exit code 1
-when a row is not within its limit (FAIL) or something broke (FAILED). Every part runs in processes of its own: what
-ends one of them, an exception or a signal, is a row with its exception, traceback and log, and the others still run.
+Compares operators with the formulas in fp64, tries collectives, trains a small model in several layouts and generates
+with it beside the CPU, and measures memory and speed of a preset. Writes OUT/acceptance.json after every part and
+prints a table; exit code 1 when a row is not within its limit (FAIL) or something broke (FAILED). Every part runs in
+processes of its own: what ends one of them, an exception or a signal, is a row with its exception, traceback and log,
+and the others still run.
 """
 
 import json
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ CURVES: dict[str, tuple[str, int, list[str]]] = {
     "bf16-pp2": ("bf16", 2, ["--pipeline-model-parallel-size", "2"]),
     "bf16-dp2": ("bf16", 2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
 }
-WHOLE = "the whole part"
+WHOLE, REST = "the whole part", "the rest of the part"
 # what the launcher says of a failed job
 FIRST_RANK = re.compile(r"^rank \d+ failed first \((.*)\); the end of (.*):$", re.MULTILINE)
 # variables that change what an NPU does, for the report
@@ -74,7 +76,8 @@ class Options:
     curves: list[str] | None = flag(None, "the loss curves to run (default: all that the ranks allow)", nargs="+",
                                     choices=list(CURVES))
     runner: str | None = flag(None, "a script that starts every process; tests/npu/simulate.py for the simulated NPU")
-    part: str = flag("all", "one part only", choices=["all", "operators", "collectives", "curve", "speed"])
+    part: str = flag("all", "one part only",
+                      choices=["all", "operators", "collectives", "curve", "generation", "speed"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +163,7 @@ def own_worker(options: Options, part: str, ranks: int) -> list[Row]:
             raise
         broken = [error.failure]
     rows = [Row.from_json(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-    return rows + [Row.broken(part, "the rest of the part" if rows else WHOLE, failure) for failure in broken]
+    return rows + [Row.broken(part, REST if rows else WHOLE, failure) for failure in broken]
 
 
 def operator_rows(options: Options, ranks: int) -> list[Row]:
@@ -224,8 +227,58 @@ def curve_rows(options: Options, ranks: int) -> list[Row]:
     return rows
 
 
+def generation_rows(options: Options, ranks: int) -> list[Row]:
+    """Logits of given words and greedy answers of the small model, on one device and on the CPU, by precision."""
+    from modellink.data.train_tokenizer import train_tokenizer
+
+    folder = small_model(options)
+    train_tokenizer([TITLE], 300, folder)  # generation does not start without one; here it gets numbers of words
+    expected, _ = generated(options, folder, is_reference=True)
+    found, broken = generated(options, folder)
+    rows: list[Row] = []
+    for precision, answers in found.items():
+        if "failure" in answers:
+            rows.append(Row.broken("generation", precision, Failure(**answers["failure"])))
+            continue
+        for case, logits in expected[precision]["logits"].items():
+            theirs, ours, exact = (list(chain.from_iterable(places)) for places in (
+                logits, answers["logits"][case], expected["fp32"]["logits"][case]))
+            limit = max(CURVE_LIMIT, ROUNDINGS * largest(exact, theirs))
+            rows.append(Row("generation", f"{case}, {precision}", largest(theirs, ours), "difference", limit))
+        words = zip(*(chain.from_iterable(side["words"]) for side in (expected[precision], answers)), strict=True)
+        # where two words are alike, roundings decide, and all that follows is another text
+        rows.append(Row("generation", f"greedy answers, {precision}", sum(a != b for a, b in words), "other words",
+                        0 if precision == "fp32" else None))
+    return rows + [Row.broken("generation", REST if rows else WHOLE, failure) for failure in broken]
+
+
+def generated(options: Options, folder: Path, *, is_reference: bool = False
+              ) -> tuple[dict[str, dict[str, Any]], list[Failure]]:
+    """What npu_acceptance_generation.py has written, by precision, and what ended it before it was done.
+
+    Raises:
+        RunFailed: it wrote nothing, or is the reference and has failed anywhere.
+    """
+    device = "cpu" if is_reference else options.device
+    name = f"generation-{'reference' if is_reference else device}"
+    file = (Path(options.out) / f"{name}.jsonl").absolute()
+    file.unlink(missing_ok=True)
+    broken: list[Failure] = []
+    try:
+        run(options, name, [str(Path(__file__).with_name("npu_acceptance_generation.py")), "--load", str(folder),
+                            "--file", str(file), "--device", device], is_reference=is_reference)
+    except RunFailed as error:
+        if is_reference or not file.exists():
+            raise
+        broken = [error.failure]
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if is_reference and any("failure" in record for record in records):
+        raise RunFailed(next(Failure(**record["failure"]) for record in records if "failure" in record))
+    return {record["precision"]: record for record in records}, broken
+
+
 def small_model(options: Options) -> Path:
-    """Weights that every curve starts from."""
+    """Weights of every curve and of generation; they are the same whenever they are made."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -266,7 +319,7 @@ def speed_rows(options: Options, ranks: int) -> list[Row]:
 
 Part = Callable[[Options, int], list[Row]]
 PARTS: dict[str, Part] = {"operators": operator_rows, "collectives": collective_rows, "curve": curve_rows,
-                          "speed": speed_rows}
+                          "generation": generation_rows, "speed": speed_rows}
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -24,6 +24,7 @@ from modellink.parallel.rank import Rank  # noqa: E402
 # largest difference over the largest expected value; some roundings of a dtype, not a vendor's promise
 OPERATOR_LIMITS = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 REPEATS = 5
+CACHED = (41, 20)  # tokens of two rows of a cache
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def operator_cases() -> Iterator[Case]:
         return apply_rotary(x, rotary_table(x.shape[0], x.shape[-1], 1e6, dtype=x.dtype).to(x.device))
 
     def formula(x: torch.Tensor) -> torch.Tensor:
-        table = rotary_table(x.shape[0], x.shape[-1], 1e6, dtype=x.dtype)[:, None, None]
-        return reference.rotate(x, table[..., 0, :], table[..., 1, :])
+        cos, sin, _ = rotary_table(x.shape[0], x.shape[-1], 1e6, dtype=x.dtype)[:, :, None, None]
+        return reference.rotate(x, cos, sin)
 
     def stepped(form: Callable[..., Any]) -> Callable[..., Any]:
         def step(*tensors: torch.Tensor) -> torch.Tensor:
@@ -190,6 +191,42 @@ def operator_cases() -> Iterator[Case]:
                    lambda q, k, v, mask=mask: attention.attend_rows(q, k, v, mask.to(q.device)),
                    lambda q, k, v, mask=mask: reference.attend_rows(q, k, v, mask),
                    [draw(2, 8, queries, 128), *rows[1:]], differentiable=False)
+    for size, count, groups in ((64, 8, 2), (80, 4, 2), (128, 8, 1)):
+        tokens = sum(CACHED)
+        yield Case("cached_attention", f"rows of a cache, {count} heads of {size}, {groups} groups", through_a_cache,
+                   each_row, [draw(tokens, heads, size) for heads in (count, groups, groups)], differentiable=False)
+
+
+def through_a_cache(query: Any, key: Any, value: Any) -> Any:
+    """[tokens, heads or groups, head size] -> [tokens, heads * head size]: two prompts of different lengths in one
+    pass, more tokens behind the first, then steps of both, over parts of a cache that has room for more."""
+    import torch
+
+    from modellink.inference.cache import KVCache, Piece
+
+    groups, size = key.shape[1:]
+    cache = KVCache([1], 3, 64, groups, size, dtype=query.dtype, device=query.device)
+    passes = [[(0, CACHED[0] - 16), (1, CACHED[1] - 3)], [(0, 13)], *[[(0, 1), (1, 1)]] * 3]
+    out = query.new_empty(len(query), query.shape[1] * size)
+    for counts in passes:
+        pieces = [Piece(row, len(cache.tokens[row]), [0] * count) for row, count in counts]
+        places = torch.cat([torch.arange(piece.start, piece.start + len(piece.tokens)) + sum(CACHED[:piece.row])
+                            for piece in pieces]).to(query.device)
+        cache.begin(pieces)
+        cache.place()
+        out[places] = cache.attend(1, query[places], key[places], value[places])
+        cache.end()
+    return out
+
+
+def each_row(query: Any, key: Any, value: Any) -> Any:
+    """What `through_a_cache` should give: every row by itself, all of its tokens at once."""
+    import torch
+
+    from modellink.ops import reference
+
+    rows = zip(*(tensor[:, None].split(CACHED) for tensor in (query, key, value)), strict=True)
+    return torch.cat([reference.attention(*row)[:, 0] for row in rows])
 
 
 def collective_rows(options: Options) -> Iterator[Row]:

@@ -75,7 +75,7 @@ class Forward(ABC):
 
     def layer(self, layer: int, x: Tensor) -> Tensor:
         """[s, hidden] -> [s, hidden]."""
-        eps, table = self.model.rms_norm_eps, self.table[:x.shape[0]]
+        eps, table = self.model.rms_norm_eps, self.table[:, :x.shape[0]]
         h = rms_norm(x, self._wide(self.norm(layer, 0)), eps)
         out = torch.zeros_like(x)
         for rank in range(self.ranks):

@@ -39,7 +39,7 @@ class Layer:
         self._fc1, self._fc2 = _function(mlp.linear_fc1), _function(mlp.linear_fc2)
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
-        """hidden [n, hidden size]; cos, sin [n, 1, 1, head_dim / 2] -> [n, hidden size]."""
+        """hidden [n, hidden size]; cos, sin [n, 1, 1, head_dim] -> [n, hidden size]."""
         packed = self._qkv(rms_norm(hidden, self._norm_1, self._eps))
         packed = packed.view(-1, self._groups, self._heads + 2, self._head_dim)  # the queries of a group, key, value
         rotated = rotate(packed[:, :, :-1], cos, sin)
@@ -139,13 +139,13 @@ class Stage:
         return self._final_norm(self._through_layers(hidden, cache, table))
 
     def rotary_table(self, cache: KVCache) -> Tensor:
-        """Cosines and sines of all places of the cache, [length, 2, head_dim / 2]."""
+        """Cosines and sines of all places of the cache, [3, length, head_dim]."""
         return self.model.rotary_pos_emb.table(cache.length, self.device)
 
     def _through_layers(self, hidden: Tensor, cache: KVCache, table: Tensor) -> Tensor:
-        rows = table[cache.positions][:, :, None, None]
+        cos, sin = table[:2, cache.positions, None, None]  # for all layers, each [n, 1, 1, head_dim]
         for layer in self.layers:
-            hidden = layer(hidden, rows[:, 0], rows[:, 1], cache)
+            hidden = layer(hidden, cos, sin, cache)
         return hidden
 
     def _final_norm(self, hidden: Tensor) -> Tensor:

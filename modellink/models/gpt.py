@@ -20,12 +20,12 @@ class RotaryTable(RotaryEmbedding):
         self._tables: dict[torch.device, Tensor] = {}
 
     def table(self, num_positions: int, device: torch.device) -> Tensor:
-        """[num_positions, 2, head_dim / 2]; the largest table asked for is kept."""
+        """[3, num_positions, head_dim]; the largest table asked for is kept."""
         kept = self._tables.get(device)
-        if kept is None or kept.shape[0] < num_positions:
+        if kept is None or kept.shape[1] < num_positions:
             rows = 1 << (num_positions - 1).bit_length()  # lengths grow: a table for each would be made again
             kept = self._tables[device] = rotary_table(rows, self.head_dim, self.base, dtype=self.dtype, device=device)
-        return kept[:num_positions]
+        return kept[:, :num_positions]
 
     def get_rotary_seq_len(self, inference_context: Any, transformer: Any, transformer_input: Tensor, config: Any,
                            packed_seq_params: Any = None, **unused: Any) -> Any:
@@ -37,11 +37,11 @@ class RotaryTable(RotaryEmbedding):
         return [length], hidden.device
 
     def forward(self, wanted: tuple[list[int], torch.device], *args: Any, **unused: Any) -> Tensor:
-        """[sum of lengths, 2, head_dim / 2]: rows of the table for samples of these lengths, one behind the other."""
+        """[3, sum of lengths, head_dim]: rows of the table for samples of these lengths, one behind the other."""
         lengths, device = wanted
         rows = self.table(max(lengths), device)
         # slices are known to the host: positions in a tensor would have to go to the device first, and wait for it
-        return rows if len(lengths) == 1 else torch.cat([rows[:length] for length in lengths])
+        return rows if len(lengths) == 1 else torch.cat([rows[:, :length] for length in lengths], dim=1)
 
 
 class QwenModel(GPTModel):

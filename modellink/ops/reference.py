@@ -46,6 +46,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = (part.chunk(2, dim=-1)[0] for part in (cos, sin))  # both halves are the same
         ctx.save_for_backward(cos, sin)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

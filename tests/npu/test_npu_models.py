@@ -43,14 +43,14 @@ NODES = {"NpuRmsNormBackward0", "NpuSwigluBackward0", "NpuFusionAttentionBackwar
 
 
 class Calls(TorchDispatchMode):
-    """Counts the npu:: operators."""
+    """Counts the npu:: operators, and aten::cat."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "npu":
+        if func.namespace == "npu" or func is torch.ops.aten.cat.default:
             self.count[func.name()] = self.count.get(func.name(), 0) + 1
         return func(*args, **(kwargs or {}))
 
@@ -127,6 +127,8 @@ def test_prefill_and_decode_over_a_cache(model: str, layout: str, ranks: int) ->
                 calls.count.clear()
                 hidden = replica.run(cache, pieces, wanted)
                 assert hidden is not None and hidden.shape == (len(wanted), run.model.hidden_size)
+                # answers of several passes are joined; the table of the rotation is taken as it lies
+                assert calls.count.get("aten::cat", 0) == (layers if passes > 1 else 0)
                 logits = replica.logits(hidden)
                 assert logits.shape == (len(wanted), vocabulary) and logits.device.type == hidden.device.type
                 assert calls.count["npu::npu_fused_infer_attention_score"] == layers * passes

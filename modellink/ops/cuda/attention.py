@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from modellink.ops.attention import RowLengths, longest_rows, torch_attend_rows, torch_attention
 from modellink.ops.cuda.library import boundaries
-from modellink.ops.cuda.limits import cached_flash_problem, flash_problem, require
-from modellink.ops.limits import packed_problem, same_dtype_problem
+from modellink.ops.cuda.limits import cached_flash_problem, flash_problem
+from modellink.ops.limits import packed_problem, require, same_dtype_problem
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None,

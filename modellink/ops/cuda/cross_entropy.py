@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modellink.ops.cross_entropy import log_sum_over_ranks, words_of_rank
-from modellink.ops.cuda.limits import loss_problem, require
+from modellink.ops.cuda.limits import loss_problem
+from modellink.ops.limits import require
 
 # columns that a program of 8 warps holds at a time: 16 in each thread
 _BLOCK, _WARPS = 4096, 8

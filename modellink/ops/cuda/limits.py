@@ -11,7 +11,6 @@ from itertools import combinations
 
 import torch
 
-from modellink.config import ConfigError
 from modellink.device.compilers import triton_missing
 from modellink.ops.cuda.library import addmm_missing, liger_missing, symmetric_memory_missing, varlen_missing
 from modellink.ops.forms import name_of_dtype
@@ -23,13 +22,6 @@ TRITON_BLOCK = 1 << 20
 FLASH_HEAD_DIM = 192
 FLASH_CAPABILITY = (8, 0)
 SYMMETRIC_CAPABILITY = (8, 0)
-
-
-def require(kernel: str, problem: str | None) -> None:
-    """Raise a ConfigError that names the kernel when there is a problem."""
-    if problem is not None:
-        raise ConfigError(f"{kernel}: {problem}; change the flag behind it (--bf16, --fp16, --fp32, the sizes of the "
-                          "model), or run with --device cpu.")
 
 
 def row_problem(dtype: torch.dtype, width: int) -> str | None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from modellink.ops.cuda.limits import require, weight_gradient_problem
+from modellink.ops.cuda.limits import weight_gradient_problem
+from modellink.ops.limits import require
 
 
 def accumulate_weight_gradient(x: Tensor, grad: Tensor, total: Tensor) -> None:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from modellink.ops.cuda.library import liger
-from modellink.ops.cuda.limits import liger_problem, require, rotary_problem, row_problem
+from modellink.ops.cuda.limits import liger_problem, rotary_problem, row_problem
+from modellink.ops.limits import require, rotary_shape_problem, swiglu_shape_problem
 
 # all arithmetic in fp32, one rounding at the end, as in our formulas; the name is that of the model that does it so
 ALL_IN_FP32 = "gemma"
@@ -24,11 +25,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Our sequence is its batch, so that x keeps its order in memory; it rotates a copy, beside one head that nobody
     reads. The table is widened to fp32, in which the kernel then computes.
     """
-    if x.dim() != 4:
-        require("rotary of liger-kernel", f"it takes [sequence, batch, heads, head size] and not {list(x.shape)}")
+    require("rotary of liger-kernel", rotary_shape_problem(x))
     length, batch, heads, head_dim = x.shape
     require("rotary of liger-kernel", liger_problem(rotary_problem(x.dtype, head_dim, heads)))
-    wide_cos, wide_sin = (part.float().expand(length, batch, 1, -1).reshape(length, batch, -1) for part in (cos, sin))
+    wide_cos, wide_sin = (part[..., :head_dim // 2].float().expand(length, batch, 1, -1).reshape(length, batch, -1)
+                          for part in (cos, sin))
     out = x.clone(memory_format=torch.contiguous_format)
     unread = torch.zeros(length, batch, 1, head_dim, dtype=x.dtype, device=x.device)
     # it swaps the two dimensions of its arguments back itself
@@ -39,9 +40,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(x: Tensor) -> Tensor:
     """As `modellink.ops.swiglu.swiglu`."""
-    problem = row_problem(x.dtype, x.shape[-1] // 2)
-    if problem is None and x.shape[-1] % 2:
-        problem = f"it takes an even number of features and not {x.shape[-1]}"
+    problem = row_problem(x.dtype, x.shape[-1] // 2) or swiglu_shape_problem(x)
     require("SwiGLU of liger-kernel", liger_problem(problem))
     # two dimensions: its backward gives the gradient back in two, whatever the shape of the input was (0.8.5)
     out = liger("swiglu").apply(x.reshape(-1, x.shape[-1]), False)

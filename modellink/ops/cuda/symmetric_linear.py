@@ -13,7 +13,8 @@ from torch import Tensor
 
 from modellink.config import ConfigError
 from modellink.ops.cuda.library import SYMMETRIC_MEMORY
-from modellink.ops.cuda.limits import require, rows_problem
+from modellink.ops.cuda.limits import rows_problem
+from modellink.ops.limits import require
 from modellink.ops.overlapped_linear import ColumnLinear, OverlappedProducts, RowLinear
 
 _started: set[str] = set()  # names of groups

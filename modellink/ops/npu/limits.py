@@ -1,8 +1,7 @@
 """What torch_npu documents about its operators, as checks before the call.
 
 Sources: the operator pages of Ascend/op-plugin (docs/zh/custom_APIs), as of torch-npu 2.13. A `..._problem` function
-gives a few words, or None: the choice of forms asks it about a run and takes the next form. A call that does not keep
-what was asked about, ends in a `ConfigError` by `require`.
+gives a few words, or None.
 """
 
 import re
@@ -10,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from modellink.config import ConfigError
+from modellink.ops import limits
 from modellink.ops.forms import Situation, name_of_dtype
 from modellink.ops.limits import HALF, dtype_problem
 
@@ -38,10 +37,8 @@ FAMILIES = {"Atlas A2": r"^Ascend910B", "Atlas A3": r"^Ascend910_93", "Ascend 95
 
 
 def require(operator: str, problem: str | None) -> None:
-    """Raise a ConfigError that names the operator when there is a problem."""
-    if problem is not None:
-        raise ConfigError(f"torch_npu.{operator}: {problem}; change the flag behind it (--bf16, --fp16, --fp32, the "
-                          "sizes of the model, --use-mc2), or run with --device cpu.")
+    """`modellink.ops.limits.require` for an operator of torch_npu."""
+    limits.require(f"torch_npu.{operator}", problem, f"{limits.FLAGS}, --use-mc2")
 
 
 def product_problem(product: str, families: Iterable[str] = tuple(FAMILIES)) -> str | None:

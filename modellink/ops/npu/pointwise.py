@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from modellink.ops.limits import dtype_problem
+from modellink.ops.limits import dtype_problem, rotary_shape_problem, swiglu_shape_problem
 from modellink.ops.npu.library import torch_npu
 from modellink.ops.npu.limits import require, rotary_problem
 
@@ -22,16 +22,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The layout is SBND with cosines and sines of S1..D, one value for each element of a head.
     """
-    if x.dim() != 4:
-        require("npu_rotary_mul", f"it takes [sequence, batch, heads, head size] and not {list(x.shape)}")
+    require("npu_rotary_mul", rotary_shape_problem(x))
     require("npu_rotary_mul", rotary_problem(x.dtype, x.shape[-1], x.shape[1], x.shape[2]))
-    return torch_npu().npu_rotary_mul(x, torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1))
+    return torch_npu().npu_rotary_mul(x, cos, sin)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """As `modellink.ops.swiglu.swiglu`."""
-    problem = dtype_problem(x.dtype)
-    if problem is None and x.shape[-1] % 2:
-        problem = f"it takes an even number of features and not {x.shape[-1]}"
-    require("npu_swiglu", problem)
+    require("npu_swiglu", dtype_problem(x.dtype) or swiglu_shape_problem(x))
     return torch_npu().npu_swiglu(x.contiguous(), dim=-1)
