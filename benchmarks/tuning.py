@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{mode:9} {record['real_tokens_per_second']:7.0f} real tokens/s  {record['samples_per_second']:6.1f} "
               f"samples/s  {record['real_tokens_per_row']:5.0f} of {options.seq_length} positions real  "
               f"{record['times_padded']:.2f}x tokens/s, {record['times_padded_memory']:.2f}x peak memory of padded")
-    options.output.write_text(json.dumps({"records": str(source), **best}, indent=2) + "\n")
+    options.output.write_text(json.dumps({"records": str(source or "drawn"), **best}, indent=2) + "\n")
     return 0
 
 
