@@ -155,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}: must be above 0.")
+    if flags.layers is not None and flags.layers % 2:
+        raise ConfigError(f"--layers {flags.layers}: two pipeline stages need an even number.")
     model = PRESETS[f"qwen15-{flags.shape}"]
     model = dataclasses.replace(model, num_layers=flags.layers or model.num_layers)
     folder = Path(tempfile.mkdtemp(prefix="convert-", dir=flags.work_dir))

@@ -238,6 +238,7 @@ def test_operations(tmp_path: Path) -> None:
     (mmlu, ["--data", "nowhere"], "--data nowhere: no such folder; give MMLU's"),
     (instruction, ["--tokenizer", "x", "--input", "nowhere.json"], "--input nowhere.json: no such file"),
     (convert, ["--rounds", "0"], "--rounds 0: must be above 0."),
+    (convert, ["--layers", "1"], "--layers 1: two pipeline stages need an even number."),
     (preprocess, ["--workers", "0"], "argument --workers: '0' is not a whole number above 0"),
 ])
 def test_a_mistake_is_one_sentence(module: Any, words: list[str], said: str, tmp_path: Path,
@@ -343,8 +344,11 @@ def test_every_benchmark_says_how_it_is_run() -> None:
         assert all(action.help for action in parser._actions) and name in parser.format_help()
 
 
-def test_flags_in_the_prose_of_the_performance_page_exist() -> None:
+def test_the_prose_of_the_performance_page() -> None:
+    """Its flags exist, and its limits are those of the checks."""
     text = PAGES["docs/performance.md"].read_text(encoding="utf-8")
+    said = re.search(r"within (\S+) in fp32, and in\s+bf16 within (\S+) in the first step and (\S+) after", text)
+    assert said and [float(word) for word in said.groups()] == [LOSS_LIMITS["fp32"][1], *LOSS_LIMITS["bf16"]]
     ours = (REPO / "docs" / "flags.md").read_text(encoding="utf-8")
     known = {name for module in PROGRAMS.values() for name in module.make_parser()._option_string_actions}
     for flag in set(re.findall(r"`(--[a-z][a-z0-9-]*)", text)):
