@@ -22,7 +22,7 @@ setup(
     ],
     extras_require={
         "npu": ["torch-npu==2.13.0", "torch==2.13.0", "pyyaml"],
-        "cuda": ["liger-kernel>=0.8.5"],
+        "cuda": ["liger-kernel>=0.8.5,<0.9"],
         "eval": ["lm-eval>=0.4.13"],
         "dev": [
             "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.15",

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from modellink.checkpoint.chunks import LazyTensor  # noqa: E402
 from modellink.checkpoint.hf import write_weights  # noqa: E402
 from modellink.checkpoint.qwen15 import hf_rules  # noqa: E402
-from modellink.config import run_command  # noqa: E402
+from modellink.config import ConfigError, run_command  # noqa: E402
 from modellink.config.fields import flag  # noqa: E402
 from modellink.config.model import ModelConfig  # noqa: E402
 from modellink.config.parser import parse_sections  # noqa: E402
@@ -151,6 +151,12 @@ def conversions(folder: Path, flags: BenchmarkFlags) -> dict[str, list[str | Pat
 
 def main(argv: Sequence[str] | None = None) -> int:
     (flags,), _ = parse_sections("convert.py", "Measure the converter.", [BenchmarkFlags], argv)
+    for name in ("rounds", "layers", "workers"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: must be above 0.")
+    if flags.layers is not None and flags.layers % 2:
+        raise ConfigError(f"--layers {flags.layers}: two pipeline stages need an even number.")
     model = PRESETS[f"qwen15-{flags.shape}"]
     model = dataclasses.replace(model, num_layers=flags.layers or model.num_layers)
     folder = Path(tempfile.mkdtemp(prefix="convert-", dir=flags.work_dir))

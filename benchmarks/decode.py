@@ -3,8 +3,8 @@
     python benchmarks/decode.py [--device cpu|cuda|npu] [--shape small|0.5b|1.8b|4b|7b] [--layers N] [--batch 1 8 32]
                                 [--precision fp32|bf16] [--flags="--cuda-graphs"] [--output FILE]
 
-Both sides load the same random weights of Qwen1.5-0.5B's width, each in a process of its own, in turn; the best of the
-rounds counts, and the ratio is that of the same run. Two jobs for each batch size:
+Both sides load the same random weights, each in a process of its own, in turn; the best of the rounds counts, and the
+ratio is that of the same run. Two jobs for each batch size:
 
 - equal: prompts of one length, answers of one length. Prefill is the time to the first token of every row; decode is
   the rest.
@@ -14,7 +14,9 @@ rounds counts, and the ratio is that of the same run. Two jobs for each batch si
   for, over the whole job.
 
 The peer is transformers' Qwen2 with SDPA and its dynamic cache, greedy; both sides decode greedily, and ours computes
-every prompt anew (the prompts have nothing in common).
+every prompt anew (the prompts have nothing in common). Both must give as many tokens as were asked for, and ours must
+be those that transformers finds best, in all of the last answers of every job: tokens that rounding alone separates
+from the best one count as that, since answers differ behind them.
 
 A second table says how well our side uses the device: TFLOP/s (attention counted causally) and MFU of prefill, and the
 bytes of weights and cache that a decode step must read, against a large copy measured in the same run.
@@ -25,67 +27,102 @@ import json
 import os
 import random
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flags import PRECISIONS, add_output, add_place, check_device, check_further_flags, number, open_output
+from shapes import GENERATION, add_shape, shape_of
+from sides import largest, peak_memory, run_side
+
+from modellink.config.errors import ConfigError, run_command
+from modellink.config.parser import Parser
+
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 
-SMALL: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6,
-                         "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048,
-                         "tie_word_embeddings": True}
-SHAPES = ("small", "0.5b", "1.8b", "4b", "7b")
+UNEQUAL_PROMPT, UNEQUAL_ANSWER = (16, 240), (8, 120)  # fewest and most tokens
+JUDGED = 4  # answers of every job
+ANSWERS = "answers.json"
+# how far below its best logit transformers may have a token of ours, of the distance between the best and the mean
+# logit; rounding makes 1e-6 of it in fp32 and 1e-2 in bf16, a wrong token about 1
+GAP_LIMITS = {"fp32": 1e-3, "bf16": 0.1}
 Job = list[tuple[list[int], int]]  # (prompt, tokens of its answer)
+Answers = list[list[int]]
 
 
-def shape_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The config.json of the shape, with as many layers as asked."""
-    from modellink.models.presets.qwen15 import PRESETS
-
-    shape = SMALL if options.shape == "small" else PRESETS[f"qwen15-{options.shape}"].to_hf()
-    return shape | {"num_hidden_layers": options.layers or shape["num_hidden_layers"]}
+def shape(options: argparse.Namespace) -> dict[str, Any]:
+    """The config.json of what both sides load."""
+    longest = max(options.prompt_length + options.new_tokens, UNEQUAL_PROMPT[1] + UNEQUAL_ANSWER[1])
+    return shape_of(options.shape, GENERATION, layers=options.layers, positions=longest)
 
 
 def make_jobs(options: argparse.Namespace, batch: int) -> dict[str, Job]:
     """The same requests for both sides."""
-    rng, words = random.Random(batch), shape_of(options)["vocab_size"]
+    rng, words = random.Random(batch), shape(options)["vocab_size"]
 
     def prompt(length: int) -> list[int]:
         return [rng.randrange(words) for _ in range(length)]
 
     return {"equal": [(prompt(options.prompt_length), options.new_tokens) for _ in range(batch)],
-            "unequal": [(prompt(rng.randint(16, 240)), rng.randint(8, 120)) for _ in range(2 * batch)]}
+            "unequal": [(prompt(rng.randint(*UNEQUAL_PROMPT)), rng.randint(*UNEQUAL_ANSWER))
+                        for _ in range(2 * batch)]}
 
 
-def measure_side(options: argparse.Namespace, answer: Callable[[Job, int], Any]) -> dict[str, Any]:
-    """Seconds of one side for every batch size; `answer` does a job with at most so many requests at a time."""
+def measure_side(options: argparse.Namespace, answer: Callable[[Job, int], Answers]) -> tuple[dict[str, Any],
+                                                                                              dict[str, Answers]]:
+    """Measure one side.
+
+    Args:
+        answer: does a job with at most so many requests at a time.
+
+    Returns:
+        Tokens/s for every batch size, and the last answers of every job.
+    """
     found: dict[str, Any] = {}
+    answers: dict[str, Answers] = {}
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     for batch in options.batch:
         jobs = make_jobs(options, batch)
         equal, unequal = jobs["equal"], jobs["unequal"]
         answer([(prompt, 2) for prompt, _ in equal], batch)  # warm-up
         seconds = []
-        for job in ([(prompt, 1) for prompt, _ in equal], equal, unequal):
+        for name, job in (("first", [(prompt, 1) for prompt, _ in equal]), ("equal", equal), ("unequal", unequal)):
             times = []
             for _ in range(options.repeats):
                 start = clock()
-                answer(job, batch)
+                given = answer(job, batch)
                 times.append(clock() - start)
             seconds.append(min(times))
+            if [len(tokens) for tokens in given] != [count for _, count in job]:
+                raise RuntimeError(f"{options.side}: the answers of the job {name!r} have not the lengths asked for")
+            answers[f"{batch} {name}"] = given[-JUDGED:]
         prefill, whole, mixed = seconds
         found[str(batch)] = {
             "prefill": batch * options.prompt_length / prefill,
             "decode": batch * (options.new_tokens - 1) / (whole - prefill),
             "unequal": sum(count for _, count in unequal) / mixed,
         }
-    return found
+    return found, answers
+
+
+def largest_gap(options: argparse.Namespace, model: Any, answers: dict[str, Answers]) -> float:
+    """How far below its best logit transformers has any token of `answers`, of the distance of that to the mean."""
+    import torch
+
+    gaps = []
+    for name, given in answers.items():
+        batch, kind = name.split()
+        job = make_jobs(options, int(batch))["unequal" if kind == "unequal" else "equal"][-JUDGED:]
+        for (prompt, _), tokens in zip(job, given, strict=True):
+            ids = torch.tensor([prompt + tokens[:-1]], device=options.device)
+            with torch.inference_mode():
+                logits = model(ids, logits_to_keep=len(tokens)).logits[0].float()
+            best, own = logits.amax(-1), logits.gather(-1, torch.tensor(tokens, device=options.device)[:, None])[:, 0]
+            gaps += ((best - own) / (best - logits.mean(-1))).tolist()
+    return largest(gaps)
 
 
 def run_peer(options: argparse.Namespace) -> dict[str, Any]:
@@ -99,7 +136,8 @@ def run_peer(options: argparse.Namespace) -> dict[str, Any]:
         import torch_npu  # noqa: F401  # makes the device known
     model = model.to(options.device).eval()
 
-    def answer(job: Job, batch: int) -> None:
+    def answer(job: Job, batch: int) -> Answers:
+        answers = []
         for start in range(0, len(job), batch):
             part = job[start:start + batch]
             width = max(len(prompt) for prompt, _ in part)
@@ -107,10 +145,14 @@ def run_peer(options: argparse.Namespace) -> dict[str, Any]:
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in part],
                                 device=options.device)
             count = max(count for _, count in part)
-            model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None,
-                           pad_token_id=0)
+            done = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None,
+                                  pad_token_id=0)[:, width:].tolist()
+            answers += [tokens[:own] for tokens, (_, own) in zip(done, part)]
+        return answers
 
-    return measure_side(options, answer)
+    found, _ = measure_side(options, answer)
+    ours = json.loads((Path(options.folder) / ANSWERS).read_text())
+    return found | {"largest_gap": largest_gap(options, model, ours)}
 
 
 def run_ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -129,15 +171,17 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
 
     engine = load_engine(run, device, prefix_reuse=False)
 
-    def answer(job: Job, batch: int) -> None:
+    def answer(job: Job, batch: int) -> Answers:
         engine.max_batch_size = batch
-        engine.generate([Request(prompt, SamplingSettings(max_new_tokens=count)) for prompt, count in job])
+        return [given.tokens for given in engine.generate(
+            [Request(prompt, SamplingSettings(max_new_tokens=count)) for prompt, count in job])]
 
-    found = measure_side(options, answer)
+    found, answers = measure_side(options, answer)
+    if options.kv_cache_dtype == "auto":  # those of an int8 cache may differ
+        (Path(options.folder) / ANSWERS).write_text(json.dumps(answers))
     assert engine.replica.cache is not None
     found["cache"] = {"bytes": engine.replica.cache.num_bytes, "bytes_per_token": engine.replica.token_bytes}
     from operations import ceilings
-    from train_step import peak_memory
 
     from modellink.device.specs import find_spec
     from modellink.ops.forms import DTYPES
@@ -170,7 +214,7 @@ def use_of(options: argparse.Namespace, batch: int, rates: dict[str, float], dev
             "decode_share": read / device["bytes_per_second"]}
 
 
-def make_model(folder: Path, shape: dict[str, Any]) -> None:
+def make_model(folder: Path, config: dict[str, Any], precision: str) -> None:
     """Random weights and a tokenizer that nobody uses."""
     import torch
     from tokenizers import Tokenizer
@@ -178,8 +222,8 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(**shape | {"bos_token_id": 0, "eos_token_id": 0})
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model: Any = Qwen2ForCausalLM(Qwen2Config(**config | {"bos_token_id": 0, "eos_token_id": 0}))
+    model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision]).save_pretrained(folder)
     words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<unk>").save_pretrained(folder)
 
@@ -189,16 +233,10 @@ def measure(side: str, options: argparse.Namespace, folder: Path, kv_cache_dtype
     command = [sys.executable, str(Path(__file__)), "--side", side, "--folder", str(folder), "--precision",
                options.precision, "--device", options.device, "--repeats", str(options.repeats), "--prompt-length",
                str(options.prompt_length), "--new-tokens", str(options.new_tokens), "--kv-cache-dtype", kv_cache_dtype,
-               "--clock", options.clock, "--shape", options.shape, "--layers", str(options.layers),
-               f"--flags={options.flags}",
+               "--clock", options.clock, "--shape", options.shape,
+               *(["--layers", str(options.layers)] if options.layers else []), f"--flags={options.flags}",
                "--batch", *map(str, options.batch)]
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return run_side(command, {"OMP_NUM_THREADS": str(os.cpu_count() or 1)} | os.environ)
 
 
 def best_of(turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,40 +245,57 @@ def best_of(turns: list[dict[str, Any]]) -> dict[str, Any]:
             for batch in turns[0] if batch.isdigit()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Generation against transformers, in one run.")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="batch sizes")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="small (6 layers of the 0.5B's width, "
-                        "vocabulary 32000), or a size of Qwen1.5")
-    parser.add_argument("--layers", type=int, default=0, help="this many layers of the shape (default: all)")
-    parser.add_argument("--prompt-length", type=int, default=128, help="tokens of a prompt of the equal job")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer of the equal job")
-    parser.add_argument("--repeats", type=int, default=2, help="times a job runs in a process; the fastest counts")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side; the best counts")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds on the clock, or CPU seconds "
-                        "of the process: for a machine that others use too, with OMP_NUM_THREADS=1")
-    parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu", help="where to run")
+def make_parser() -> Parser:
+    parser = Parser(prog="decode.py", description="Generation against transformers, in one run.")
+    add_place(parser)
+    add_shape(parser, "6 layers of the 0.5B's width, vocabulary 32000")
+    parser.add_argument("--batch", type=number, nargs="+", default=[1, 8, 32], help="batch sizes")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
+    parser.add_argument("--prompt-length", type=number, default=128, help="tokens of a prompt of the equal job")
+    parser.add_argument("--new-tokens", type=number, default=64, help="tokens of an answer of the equal job")
+    parser.add_argument("--repeats", type=number, default=2, help="times a job runs in a process; the fastest counts")
+    parser.add_argument("--rounds", type=number, default=2, help="turns of each side; the best counts")
     parser.add_argument("--flags", default="", help="further flags of inference.py for our side, in one string")
-    parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "decode.json")
+    add_output(parser, "decode.json")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--kv-cache-dtype", default="auto", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises:
+        ConfigError: flags that cannot be met here.
+    """
+    if options.new_tokens < 2:
+        raise ConfigError(f"--new-tokens {options.new_tokens}: the first token is the prompt's; give 2 or more.")
+    check_further_flags(options.flags)
+    check_device(options.device)
+    open_output(options.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
     if options.side:
         print(json.dumps(run_ours(options) if options.side == "ours" else run_peer(options)), flush=True)
-        return
+        return 0
+    check(options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_model(folder, shape_of(options))
+        make_model(folder, shape(options), options.precision)
         turns: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
         for _ in range(options.rounds):
             for side in turns:
                 turns[side].append(measure(side, options, folder))
         small = measure("ours", options, folder, "int8")
+    gap = largest([turn["largest_gap"] for turn in turns["peer"]])
+    if not gap <= GAP_LIMITS[options.precision]:
+        raise SystemExit(f"a token of ours lies {gap:.1e} of the way from transformers' best logit to the mean, which "
+                         f"rounding in {options.precision} does not explain: the two sides do not compute the same")
     ours, peer, int8 = best_of(turns["ours"]), best_of(turns["peer"]), best_of([small])
-    results: dict[str, Any] = {"shape": shape_of(options), "precision": options.precision, "flags": options.flags,
-                               "clock": options.clock, "ours": ours, "transformers": peer, "ours_int8_cache": int8}
+    results: dict[str, Any] = {"shape": shape(options), "precision": options.precision, "flags": options.flags,
+                               "clock": options.clock, "ours": ours, "transformers": peer, "ours_int8_cache": int8,
+                               "largest_gap": gap}
     results["ratio"] = {batch: {name: rate / peer[batch][name] for name, rate in rates.items()}
                         for batch, rates in ours.items()}
     results["cache"] = {"full": turns["ours"][0]["cache"], "int8": small["cache"]}
@@ -264,9 +319,9 @@ def main() -> None:
         mfu = "n/a" if use["prefill_mfu"] is None else f"{100 * use['prefill_mfu']:.1f} %"
         print(f"batch {batch:>3}  {use['prefill_flops'] / 1e12:16.3f} {mfu:>7} {100 * use['prefill_share']:10.1f} % "
               f"{use['decode_bytes_per_second'] / 1e9:12.1f} {100 * use['decode_share']:10.1f} %")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,6 +1,6 @@
 """Tokens per second of preprocessing instructions against one dialogue at a time and against datasets.map.
 
-    python benchmarks/instruction.py [--input FILE.json ...] [--tokenizer FOLDER] [--copies 10] [--json OUT]
+    python benchmarks/instruction.py --input FILE.json ... --tokenizer FOLDER [--copies 10] [--json OUT]
 
 Everyone reads the same Alpaca records and writes the same three streams, which is checked byte for byte:
 
@@ -13,7 +13,6 @@ Everyone reads the same Alpaca records and writes the same three streams, which 
 CPU seconds are those of all processes together; unlike the clock they hardly depend on what else the machine does.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -21,23 +20,23 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flags import number, open_output
 
+from modellink.config.errors import ConfigError, run_command
+from modellink.config.parser import Parser
+from modellink.data.chat_encode import IGNORED, ChatEncoder
+from modellink.data.handlers.dialogues import AlpacaStyleInstructionHandler
+from modellink.data.indexed import data_files
+from modellink.data.preprocess import preprocess
+from modellink.data.preprocess_flags import output_prefixes
+from modellink.data.sample_encode import SampleEncoder
+from modellink.data.templates import LabelPolicy, make_template
+from modellink.data.tokenizer import load_tokenizer
 
-from modellink.data.chat_encode import IGNORED, ChatEncoder  # noqa: E402
-from modellink.data.handlers.dialogues import AlpacaStyleInstructionHandler  # noqa: E402
-from modellink.data.indexed import data_files  # noqa: E402
-from modellink.data.preprocess import preprocess  # noqa: E402
-from modellink.data.preprocess_flags import output_prefixes  # noqa: E402
-from modellink.data.sample_encode import SampleEncoder  # noqa: E402
-from modellink.data.templates import LabelPolicy, make_template  # noqa: E402
-from modellink.data.tokenizer import load_tokenizer  # noqa: E402
-
-DEFAULT = Path("/work/shared/data/alpaca")
 STREAMS = AlpacaStyleInstructionHandler.outputs
 TEMPLATE = (
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
@@ -124,18 +123,26 @@ def ours(source: Path, prefix: str, encoder: SampleEncoder, workers: int) -> int
     return preprocess([source], "jsonl", output_prefixes(prefix, STREAMS), encoder, workers, sys.maxsize)[0].tokens
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--input", nargs="+", default=[str(DEFAULT / f"alpaca_{name}_demo.json")
-                                                       for name in ("en", "zh")], help="lists of Alpaca records")
+def make_parser() -> Parser:
+    parser = Parser(prog="instruction.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--input", nargs="+", required=True, help="lists of Alpaca records")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder with ChatML's tokens")
-    parser.add_argument("--copies", type=int, default=10, help="how many times the records are repeated")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, os.cpu_count() or 1])
-    parser.add_argument("--runs", type=int, default=3, help="the best of so many runs is shown")
+    parser.add_argument("--copies", type=number, default=10, help="how many times the records are repeated")
+    parser.add_argument("--workers", type=number, nargs="+", default=[1, os.cpu_count() or 1],
+                        help="numbers of processes to try")
+    parser.add_argument("--runs", type=number, default=3, help="the best of so many runs is shown")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+    return parser
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and print."""
+    options = make_parser().parse_args(argv)
+    for path in options.input:
+        if not Path(path).is_file():
+            raise ConfigError(f"--input {path}: no such file; give a list of Alpaca records in JSON.")
+    if options.json:
+        open_output(options.json)
     records = [record for path in options.input for record in json.loads(Path(path).read_text(encoding="utf-8"))]
     tokenizer = load_tokenizer(options.tokenizer)
     chat = ChatEncoder(load_tokenizer(options.tokenizer), make_template("qwen", tokenizer), LabelPolicy())
@@ -173,7 +180,8 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"records": len(records) * options.copies, "tokens": tokens,
                                             "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,6 +1,6 @@
 """MMLU 5-shot by log-likelihoods against lm-eval's own model of transformers: questions/s on the same machine.
 
-    python benchmarks/mmlu.py [--data MMLU_FOLDER] [--model HF_FOLDER] [--subjects 2] [--questions 32]
+    python benchmarks/mmlu.py --data MMLU_FOLDER [--model HF_FOLDER] [--subjects 2] [--questions 32]
 
 Both sides stand behind lm-eval's interface, have the same weights and get the same requests, in processes of their own,
 in turn; the time is that of the whole `loglikelihood` call, tokenization included, after a warm-up on another subject.
@@ -12,22 +12,28 @@ once. MMLU has 246 questions in a subject on average, so few questions a subject
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+from flags import REPO, add_output, number, open_output
+from shapes import TRAINING
+from sides import largest, run_side
 
-SHAPE: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
-                         "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 4096,
-                         "rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"},
-                         "tie_word_embeddings": False, "eos_token_id": 151643}
+from modellink.config.errors import ConfigError, run_command
+from modellink.config.parser import Parser
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+SHAPE: dict[str, Any] = TRAINING | {
+    "vocab_size": 151936, "max_position_embeddings": 4096, "rope_theta": 1e6, "eos_token_id": 151643,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# largest difference of two log-likelihoods; measured in fp32: 2e-6
+LIMITS = {"fp32": 1e-3, "bf16": 0.5}
 # prompts of 464, 265, 377, 277 and 2799 tokens
 SUBJECTS = ("college_biology", "world_religions", "abstract_algebra", "management", "high_school_european_history")
 WARM_UP = "astronomy"
@@ -36,11 +42,13 @@ WARM_UP = "astronomy"
 def make_model(folder: Path, precision: str) -> None:
     """A random model with the true tokenizer, as a Hugging Face folder."""
     import torch
+
+    sys.path.insert(0, str(REPO / "tests"))
     from qwen_vocabulary import ABSENT, source, write_tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     if source() is None:
-        raise SystemExit(f"{ABSENT}; or give --model")
+        raise ConfigError(f"{ABSENT}; or give --model.")
     torch.manual_seed(0)
     write_tokenizer(folder)
     Qwen2ForCausalLM(Qwen2Config(**SHAPE)).to(getattr(torch, DTYPES[precision])).save_pretrained(folder)
@@ -57,7 +65,8 @@ def make_requests(options: argparse.Namespace, subjects: list[str], count: int) 
                                                           "--limit", str(count)]))
     questions = [question for question in plan.questions if question.subject in subjects]
     if len(questions) != count * len(subjects):
-        raise SystemExit(f"--data {options.data}: has not got {count} questions of each of {', '.join(subjects)}")
+        raise ConfigError(f"--data {options.data}: has not got {count} questions of each of {', '.join(subjects)}; ask "
+                          "fewer --questions, or give the whole of MMLU.")
     return [Instance("loglikelihood", {}, (question.prompt(), choice), 0)
             for question in questions for choice in question.choices]
 
@@ -91,7 +100,7 @@ def start_peer(options: argparse.Namespace) -> tuple[Any, Any]:
     return model, lambda: model.model.get_input_embeddings().weight[0, 0].item()
 
 
-def run_side(options: argparse.Namespace) -> dict[str, Any]:
+def ask(options: argparse.Namespace) -> dict[str, Any]:
     """Ask all questions once and return the speed and the answers."""
     model, wait = {"ours": start_ours, "peer": start_peer}[options.side](options)
     subjects = list(SUBJECTS[:options.subjects])
@@ -112,30 +121,32 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__)), "--side", side]
     for name in ("data", "model", "subjects", "questions", "precision", "device", "peer_batch_size"):
         command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    found: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines())
-                                            if line.startswith("{\"questions")))
-    return found
+    return run_side(command)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="MMLU 5-shot questions/s against lm-eval's own model, in one run.")
-    parser.add_argument("--data", type=Path, default=Path("/work/shared/data/mmlu"), help="MMLU's folder")
+def make_parser() -> Parser:
+    parser = Parser(prog="mmlu.py", description="MMLU 5-shot questions/s against lm-eval's own model, in one run.")
+    parser.add_argument("--data", type=Path, required=True, help="MMLU's folder, with dev/ and test/")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: a random model)")
     parser.add_argument("--subjects", type=int, default=2, choices=range(1, len(SUBJECTS) + 1), help="subjects to ask")
-    parser.add_argument("--questions", type=int, default=32, help="questions of each subject")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side; the best counts")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of weights and arithmetic")
-    parser.add_argument("--peer-batch-size", type=int, default=1, help="lm-eval's batch size; 1 is the best on CPUs")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "mmlu.json")
+    parser.add_argument("--questions", type=number, default=32, help="questions of each subject")
+    parser.add_argument("--rounds", type=number, default=2, help="turns of each side; the best counts")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of weights and arithmetic")
+    parser.add_argument("--peer-batch-size", type=number, default=1, help="lm-eval's batch size; 1 is the best on CPUs")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    add_output(parser, "mmlu.json")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
     if options.side:
-        print(json.dumps(run_side(options)), flush=True)
-        return
+        print(json.dumps(ask(options)), flush=True)
+        return 0
+    if not options.data.is_dir():
+        raise ConfigError(f"--data {options.data}: no such folder; give MMLU's, which has dev/ and test/.")
+    open_output(options.output)
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             options.model = Path(folder)
@@ -150,14 +161,17 @@ def main() -> None:
         print(f"{side:5} {record['questions_per_second']:7.2f} questions/s  "
               f"{record['questions_per_cpu_second']:7.2f} questions/CPU second")
     ratio = best["ours"]["questions_per_second"] / best["peer"]["questions_per_second"]
-    difference = max(abs(a - b) for a, b in zip(own, other, strict=True))
+    difference = largest([abs(a - b) for a, b in zip(own, other, strict=True)])
+    if not difference <= LIMITS[options.precision]:
+        raise SystemExit(f"the largest difference of two log-likelihoods is {difference:.1e}, which rounding in "
+                         f"{options.precision} does not explain: the two sides do not compute the same")
     print(f"ratio {ratio:.2f}x questions/s, largest difference of a log-likelihood {difference:.1e}", flush=True)
     results = {"settings": {name: getattr(options, name) for name in
                             ("subjects", "questions", "precision", "device", "peer_batch_size", "rounds")},
                **best, "ratio": ratio, "largest_difference": difference}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

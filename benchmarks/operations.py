@@ -12,14 +12,22 @@ FLOPs.
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_step import PRECISIONS, REPO, SHAPES, shape_of
+from flags import PRECISIONS, add_output, add_place, check_device, number, open_output
+from shapes import NAMES, TRAINING, shape_of
+
+from modellink.config.errors import run_command
+from modellink.config.parser import Parser
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 Tensors = tuple[Any, ...]
 
@@ -163,16 +171,17 @@ def cases(run: Any, device: Any, options: argparse.Namespace) -> Iterator[Case]:
 
 def start_run(options: argparse.Namespace) -> tuple[Any, Any]:
     """A run of one rank with its forms in use."""
-    folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(shape_of(options)))
     from modellink.config.settings import parse_settings
     from modellink.runtime import prepare_run
     from modellink.start import start
 
-    run = prepare_run(parse_settings("operations", "", [
-        "--model", str(folder), "--mock-data", "--seq-length", str(options.seq_length), "--train-iters", "1",
-        "--lr", "1e-4", "--micro-batch-size", str(options.micro_batch), f"--{options.precision}",
-        "--device", options.device]), 1, "train")
+    config = shape_of(options.shape, TRAINING, layers=1, positions=options.seq_length)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        run = prepare_run(parse_settings("operations", "", [
+            "--model", folder, "--mock-data", "--seq-length", str(options.seq_length), "--train-iters", "1",
+            "--lr", "1e-4", "--micro-batch-size", str(options.micro_batch), f"--{options.precision}",
+            "--device", options.device]), 1, "train")
     device = start(run)
     from modellink.models.forms import choose_forms
 
@@ -180,18 +189,22 @@ def start_run(options: argparse.Namespace) -> tuple[Any, Any]:
     return run, device
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Every operation against the ceilings of the device.")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "npu"), help="where to run")
-    parser.add_argument("--shape", default="small", choices=SHAPES, help="small (512 wide), or a size of Qwen1.5")
+def make_parser() -> Parser:
+    parser = Parser(prog="operations.py", description="Every operation against the ceilings of the device.")
+    add_place(parser)
+    parser.add_argument("--shape", default="small", choices=NAMES, help="small (512 wide), or a size of Qwen1.5")
     parser.add_argument("--precision", choices=PRECISIONS, help="only this precision (default: both)")
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens a sample")
-    parser.add_argument("--micro-batch", type=int, default=2, help="samples")
-    parser.add_argument("--repeats", type=int, default=5, help="calls after the warm-up; the best counts")
-    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: time of the process alone")
-    parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "operations.json")
-    options = parser.parse_args()
-    options.layers = 1
+    parser.add_argument("--seq-length", type=number, default=512, help="tokens a sample")
+    parser.add_argument("--micro-batch", type=number, default=2, help="samples")
+    parser.add_argument("--repeats", type=number, default=5, help="calls after the warm-up; the best counts")
+    add_output(parser, "operations.json")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    check_device(options.device)
+    open_output(options.output)
     wanted, found = [options.precision] if options.precision else list(PRECISIONS), {}
     for options.precision in wanted:
         run, device = start_run(options)
@@ -213,10 +226,10 @@ def main() -> None:
             print(f"{case.name:32} {1e3 * seconds:9.3f} {case.flops / 1e9:9.2f} {case.bytes / 1e6:9.1f} "
                   f"{case.flops / seconds / 1e12:9.3f} {case.bytes / seconds / 1e9:8.1f} {share:7.2f}", flush=True)
         found[options.precision] = {"ceiling_flops": flops, "ceiling_bytes": rate, "operations": records}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"device": device.product_name(), "shape": options.shape, **found},
                                          indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

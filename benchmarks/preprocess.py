@@ -6,7 +6,6 @@ The plain loop is `tokenizer(text)["input_ids"]` for one document after the othe
 IndexedDatasetBuilder. Both read the same JSON lines and write the same bytes, which is checked.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -16,19 +15,21 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flags import number, open_output
 
-from modellink.data.encode import Encoder  # noqa: E402
-from modellink.data.handlers import GeneralPretrainHandler  # noqa: E402
-from modellink.data.indexed import data_files  # noqa: E402
-from modellink.data.preprocess import preprocess  # noqa: E402
-from modellink.data.readers import find_files, read_batches  # noqa: E402
-from modellink.data.tokenizer import load_tokenizer  # noqa: E402
-from modellink.data.train_tokenizer import train_tokenizer  # noqa: E402
+from modellink.config.errors import run_command
+from modellink.config.parser import Parser
+from modellink.data.encode import Encoder
+from modellink.data.handlers import GeneralPretrainHandler
+from modellink.data.indexed import data_files
+from modellink.data.preprocess import preprocess
+from modellink.data.readers import find_files, read_batches
+from modellink.data.tokenizer import load_tokenizer
+from modellink.data.train_tokenizer import train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +86,23 @@ def timed(runs: int, works: dict[str, Callable[[], int]]) -> dict[str, float]:
     return seconds
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def make_parser() -> Parser:
+    parser = Parser(prog="preprocess.py", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--input", help="file with documents (default: Python's reference topics)")
     parser.add_argument("--tokenizer", help="tokenizer folder (default: 8000 words trained on the documents)")
     parser.add_argument("--megabytes", type=float, default=24.0, help="size of the input, by repeating the documents")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, os.cpu_count() or 1])
-    parser.add_argument("--runs", type=int, default=3, help="the best of so many runs is shown")
+    parser.add_argument("--workers", type=number, nargs="+", default=[1, os.cpu_count() or 1],
+                        help="numbers of processes to try")
+    parser.add_argument("--runs", type=number, default=3, help="the best of so many runs is shown")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and print."""
+    options = make_parser().parse_args(argv)
+    if options.json:
+        open_output(options.json)
 
     texts = source_texts(options.input)
     with tempfile.TemporaryDirectory() as folder_name:
@@ -132,6 +140,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"documents": len(texts) * repeats, "tokens": tokens,
                                             "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n")
+    return 0
 
 
 def source_size(lines: str, repeats: int) -> float:
@@ -140,4 +149,4 @@ def source_size(lines: str, repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

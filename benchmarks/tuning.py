@@ -10,20 +10,22 @@ Alpaca records, samples whose lengths are spread like Alpaca's are drawn, which 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flags import add_output, number, open_output
+from shapes import TRAINING
+from sides import peak_memory, run_side
+
+from modellink.config.errors import ConfigError, run_command
+from modellink.config.parser import Parser
+
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
 
-from train_step import SHAPE, peak_memory  # noqa: E402
-
-ALPACA = next((REPO.parent / "shared" / "data" / "alpaca").glob("train-*.parquet"), None)
 RECORDS = 2000  # of the file's first ones: more than a few steps read
 WORDS = 8000
 MODES = {"padded": [], "variable": ["--variable-seq-lengths"], "packed": ["--pack"]}
@@ -69,8 +71,7 @@ def prepare(folder: Path, source: Path | None, seq_length: int) -> None:
                        "--tokenizer-name-or-path", str(folder / "hf"), "--seq-length", str(seq_length),
                        "--output-prefix", str(folder / "data")])
     assert code == 0
-    (folder / "hf" / "config.json").write_text(json.dumps(
-        SHAPE | {"vocab_size": WORDS, "model_type": "qwen2", "rope_theta": 10000.0}))
+    (folder / "hf" / "config.json").write_text(json.dumps(TRAINING | {"vocab_size": WORDS}))
 
 
 def run_mode(options: argparse.Namespace) -> dict[str, Any]:
@@ -115,32 +116,36 @@ def measure(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     command = [sys.executable, str(Path(__file__)), "--mode", mode, "--folder", str(folder)]
     for name in ("steps", "warmup", "batch", "micro_batch", "seq_length"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    found: dict[str, Any] = json.loads(next(
-        line for line in reversed(done.stdout.splitlines()) if line.startswith('{"real')))
-    return found
+    return run_side(command)
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description="Packed against padded tuning on Alpaca's lengths, in one run.")
-    parser.add_argument("--input", type=Path, help="Alpaca records, JSON or parquet (default: shared data, or drawn)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a way of making rows")
-    parser.add_argument("--warmup", type=int, default=1, help="steps left out")
-    parser.add_argument("--batch", type=int, default=8, help="rows a step")
-    parser.add_argument("--micro-batch", type=int, default=4, help="rows of one forward pass")
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each way; the best counts")
-    parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "tuning.json")
-    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+def make_parser() -> Parser:
+    parser = Parser(prog="tuning.py", description="Packed against padded tuning on Alpaca's lengths, in one run.")
+    parser.add_argument("--input", type=Path, help="Alpaca records, JSON or parquet (default: drawn)")
+    parser.add_argument("--steps", type=number, default=5, help="steps of a way of making rows")
+    parser.add_argument("--warmup", type=number, default=1, help="steps left out")
+    parser.add_argument("--batch", type=number, default=8, help="rows a step")
+    parser.add_argument("--micro-batch", type=number, default=4, help="rows of one forward pass")
+    parser.add_argument("--seq-length", type=number, default=512, help="tokens of a row")
+    parser.add_argument("--rounds", type=number, default=2, help="turns of each way; the best counts")
+    add_output(parser, "tuning.json")
+    parser.add_argument("--mode", choices=list(MODES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and print."""
+    options = make_parser().parse_args(argv)
     if options.mode:
         print(json.dumps(run_mode(options)), flush=True)
-        return
-    source = options.input or ALPACA
+        return 0
+    if options.warmup >= options.steps:
+        raise ConfigError(f"--steps {options.steps}: no step is left after --warmup {options.warmup}; give more steps.")
+    if options.input and not options.input.is_file():
+        raise ConfigError(f"--input {options.input}: no such file; give Alpaca records, JSON or parquet.")
+    open_output(options.output)
+    source = options.input
     print(f"records: {source or 'drawn, with lengths like those of Alpaca'}", flush=True)
     turns: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory() as name:
@@ -155,9 +160,9 @@ def main() -> None:
         print(f"{mode:9} {record['real_tokens_per_second']:7.0f} real tokens/s  {record['samples_per_second']:6.1f} "
               f"samples/s  {record['real_tokens_per_row']:5.0f} of {options.seq_length} positions real  "
               f"{record['times_padded']:.2f}x tokens/s, {record['times_padded_memory']:.2f}x peak memory of padded")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"records": str(source), **best}, indent=2) + "\n")
+    options.output.write_text(json.dumps({"records": str(source or "drawn"), **best}, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import tempfile
 
+from sides import failure
+
 READY = "ready"
 
 
@@ -25,7 +27,8 @@ def run_in_turn(commands: dict[str, list[str]], environment: dict[str, str], ste
         What each printed after its last step.
 
     Raises:
-        RuntimeError: a program ended early; the text is the end of what all of them wrote to standard error.
+        ConfigError: a program refused what the user asked for.
+        RuntimeError: a program failed, or made another number of steps.
     """
     last: dict[str, str] = {}
     with tempfile.TemporaryFile("w+") as errors:
@@ -42,9 +45,11 @@ def run_in_turn(commands: dict[str, list[str]], environment: dict[str, str], ste
                     last[name] = ""
                     while (line := program.stdout.readline()) and line != READY + "\n":
                         last[name] += line
-                    if (not line) != (step == steps):
+                    if line and step == steps:
+                        raise RuntimeError(f"{name} wants to make more than {steps} steps")
+                    if not line and (program.wait() or step < steps):
                         errors.seek(0)
-                        raise RuntimeError(f"{name}: {errors.read()[-3000:]}")
+                        raise failure(f"{name}, {step} of {steps} steps begun,", program.returncode, errors.read())
         finally:
             for program in programs.values():
                 program.kill()

@@ -7,6 +7,7 @@ arguments say, so that torch's own varlen_attn runs with its autograd.
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,7 @@ from modellink.ops.parallel_linear import accumulate_weight_gradient, accumulate
 from modellink.ops.table import choose, describe
 from modellink.parallel.dims import ParallelDims
 
+REPO = Path(__file__).parents[1]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = {FP32: {"atol": 2e-6, "rtol": 2e-5}, BF16: {"atol": 4e-2, "rtol": 4e-2}}
 GROUPED = {"heads": 40, "groups": 8}
@@ -352,6 +354,35 @@ def test_what_is_missing_is_named(looked_at_again: None, monkeypatch: pytest.Mon
     assert problems.problems == ["--compile pointwise on cuda: triton finds no C compiler to start its kernels with; "
                                  "install gcc or name one with CC, or leave --compile out."]
     assert got["cross_entropy"].form.run is torch_cross_entropy
+
+
+@pytest.mark.parametrize(("version", "fits"), [
+    ("0.8.5", True), ("0.8.5.post1", True), ("0.8.12", True), ("0.8.4", False), ("0.8", False), ("0.9.0", False),
+    ("0.9.0.dev3", False), ("1.0", False), (None, False)])
+def test_which_versions_of_liger_are_used(looked_at_again: None, monkeypatch: pytest.MonkeyPatch, version: str | None,
+                                          fits: bool) -> None:
+    """The forms rely on its inside: of what was not read none is called, and doctor says so."""
+
+    def installed(name: str) -> str:
+        if version is None:  # a nightly build
+            raise library.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr(library.importlib.metadata, "version", installed)
+    monkeypatch.setattr(library, "liger", lambda operation: None)
+    monkeypatch.setenv("CC", "cc")
+    got = chosen(Situation("cuda"))["rms_norm"]
+    assert (got.form.run is pointwise.rms_norm) == fits
+    named = f"not RMSNorm of liger-kernel: liger-kernel {version or 'of an unknown version'} is installed"
+    assert (named in str(got)) != fits
+
+
+def test_the_package_asks_for_the_versions_that_are_used() -> None:
+    oldest, beyond = (".".join(map(str, bound)) for bound in library.LIGER_VERSIONS)
+    assert f'"liger-kernel>={oldest},<{beyond}"' in (REPO / "setup.py").read_text()
+    assert f"liger-kernel from {oldest} to below {beyond}" in (REPO / "docs" / "cuda.md").read_text()
+    assert f'"liger-kernel=={oldest}"' in (REPO / "Makefile").read_text()
 
 
 def test_fp32_keeps_its_heads_apart(with_liger: None) -> None:

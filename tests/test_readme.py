@@ -24,7 +24,8 @@ from modellink.launch.options import parse_job
 from modellink.models.presets.qwen15 import PRESETS
 
 REPO = Path(__file__).parents[1]
-PAGES = ("README.md", "README_zh.md", "docs/architecture.md", "docs/checkpoints.md", "docs/inference.md")
+PAGES = ("README.md", "README_zh.md", "docs/architecture.md", "docs/checkpoints.md", "docs/cuda.md",
+         "docs/inference.md", "docs/performance.md")
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
 # programs of others, whose flags are not ours to check
 OUTSIDE = {"pip", "source", "hf", "python3"}

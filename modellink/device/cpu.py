@@ -13,7 +13,8 @@ from modellink.device.options import DeviceOptions, make_deterministic
 
 # of malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT, _LARGEST_ON_HEAP = 1 << 30, 1 << 25  # bytes
+_LARGEST_KEPT = 1 << 30  # bytes
+LARGEST_ON_HEAP = 1 << 25  # bytes; operations that make larger outputs keep the memory themselves
 
 
 class NoStream:
@@ -105,7 +106,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
+        mallopt(_M_MMAP_THRESHOLD, LARGEST_ON_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT)
 
 

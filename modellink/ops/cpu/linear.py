@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink.device.cpu import LARGEST_ON_HEAP
 from modellink.ops.cpu import workspace
 from modellink.ops.forms import Situation, name_of_dtype
 from modellink.ops.parallel_linear import accumulate_weight_gradient
 
-_LARGEST_KEPT = 1 << 25  # bytes of an output that malloc keeps (modellink/device/cpu.py)
-_LARGEST_PART = 1 << 24  # bytes
+_LARGEST_PART = LARGEST_ON_HEAP // 2  # bytes; on the heap, so that each part has the memory of the last
 _FEWEST_COLUMNS = 256  # of a part; fewer make a slow product
 
 
@@ -33,7 +33,7 @@ def problem(situation: Situation) -> str | None:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, shape = x.flatten(0, -2), [*x.shape[:-1], weight.shape[0]]
     columns = _LARGEST_PART // (4 * rows.shape[0])
-    if rows.shape[0] * weight.shape[0] * 4 <= _LARGEST_KEPT or columns < _FEWEST_COLUMNS:
+    if rows.shape[0] * weight.shape[0] * 4 <= LARGEST_ON_HEAP or columns < _FEWEST_COLUMNS:
         # no view: the loss writes its derivative into its input
         return torch.ops.aten._unsafe_view(_onednn(rows, weight, bias), shape)
     # oneDNN writes to fresh memory alone: parts of it that stay in the process are copied

@@ -2,8 +2,10 @@
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ LIGER = {
     "rotary": ("liger_kernel.ops.rope", "LigerRopeFunction"),
     "swiglu": ("liger_kernel.ops.swiglu", "LigerFusedGateUpSiLUMulFunction"),
 }
+# oldest, and first that was not read: the forms rely on what its functions do inside (in place or not, dtypes,
+# dimensions of gradients), which no signature tells; setup.py has the same range
+LIGER_VERSIONS = ((0, 8, 5), (0, 9))
 
 
 SYMMETRIC_MEMORY = "torch.distributed._symmetric_memory"
@@ -45,11 +50,28 @@ def liger_missing() -> str | None:
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed; pip install 'modellink[cuda]'"
     try:
+        problem = liger_version_problem(importlib.metadata.version("liger-kernel"))
+    except importlib.metadata.PackageNotFoundError:  # nightly builds have another name
+        problem = liger_version_problem("of an unknown version")
+    if problem is not None:
+        return problem
+    try:
         for operation in LIGER:
             liger(operation)
     except (ImportError, OSError, RuntimeError) as error:
         return f"the installed liger-kernel cannot be used ({error}); pip install 'modellink[cuda]'"
     return None
+
+
+def liger_version_problem(version: str) -> str | None:
+    """None for a version of liger-kernel that the forms fit, otherwise a few words."""
+    oldest, beyond = LIGER_VERSIONS
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if oldest <= numbers < beyond:
+        return None
+    first, last = (".".join(map(str, bound)) for bound in LIGER_VERSIONS)
+    return (f"liger-kernel {version} is installed, and the forms know the inside of {first} to below {last}; "
+            "pip install 'modellink[cuda]'")
 
 
 @functools.cache
