@@ -11,7 +11,10 @@ import torch
 
 from modellink.config import ConfigError
 from modellink.config.settings import parse_settings
-from modellink.device.cuda import CudaDevice, driver_version
+from modellink.device.base import Device
+from modellink.device.cpu import CpuDevice
+from modellink.device.cuda import CudaDevice, GraphCapture, driver_version
+from modellink.device.npu import NpuDevice
 from modellink.device.retarget import Rewrite
 from modellink.device.select import describe_devices, select_device
 from modellink.device.specs import find_spec, peak_line
@@ -132,6 +135,13 @@ def test_the_version_of_nvidias_driver(content: str | None, version: str, tmp_pa
     if content is not None:
         (tmp_path / "version").write_text(content)
     assert driver_version(tmp_path / "version") == version
+
+
+def test_what_devices_say_of_graphs_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    devices: list[Device] = [CpuDevice(), NpuDevice(), CudaDevice()]
+    assert [device.graph_recorder for device in devices] == [None, None, GraphCapture]
+    assert [device.eager_device() for device in devices] == [None, None, torch.device("cuda", 3)]
 
 
 def test_unknown_hardware_has_no_peak_rate() -> None:

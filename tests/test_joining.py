@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from breaking_start_worker import DEAD
 from ladder import REPO
 
 from modellink.config import ConfigError
+from modellink.device.backends import group_place
 from modellink.device.cpu import CpuDevice
 from modellink.device.network import interface_problem
 from modellink.device.select import select_device
@@ -220,6 +221,13 @@ def test_a_group_that_does_not_start_ends_the_job_with_its_name(tmp_path: Path) 
                 assert sentences[0].startswith(f"error: gloo does not start on rank 0 for {group}")
                 for part in (words, "modellink doctor --device cpu", "ulimit -n", "GLOO_SOCKET_IFNAME"):
                     assert part in sentences[0]
+
+
+@pytest.mark.parametrize("description, ranks, words", [
+    ("TENSOR_MODEL_PARALLEL_GROUP", [2, 3], "the tensor model parallel group (ranks 2, 3)"),
+    ("default_pg", range(16), "the default group (ranks 0, 1, 2, 3, 4, 5, 6, 7 and 8 more)")])
+def test_how_a_group_is_named(description: str, ranks: Sequence[int], words: str) -> None:
+    assert group_place(2, description, ranks) == f"on rank 2 for {words}"
 
 
 def test_a_sentence_is_a_cause_of_its_own(tmp_path: Path) -> None:
