@@ -112,7 +112,7 @@ def generate(run: Run, device: Any, looks: HostLooks, kind: str) -> dict[str, An
         ask()
         found[name] = looks.report()
         found["operators"][name] = sorted(looks.operators)
-    steps.READ_TOGETHER = 32
+    steps.READ_TOGETHER, steps.WORTH_RECORDING = 32, 4
     fast = engine(recorder=lambda: capture)
     looks.clear()
     fast.generate(greedy)

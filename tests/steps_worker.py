@@ -1,6 +1,7 @@
 """Generation with recorded steps on the CPU: `python steps_worker.py FOLDER` writes FOLDER/steps.json.
 
-The CUDA device's own recorder runs, over the stand-in for torch.cuda's graphs of `cuda_graphs.py`.
+The CUDA device's own recorder runs, over the stand-in for torch.cuda's graphs of `cuda_graphs.py`; once also over that
+for flash attention of `flash_on_cpu.py`.
 """
 
 import dataclasses
@@ -12,12 +13,14 @@ from typing import Any
 
 import torch
 from cuda_graphs import LAUNCHES, POOLS, RECORDED, graphs_on_cpu
+from flash_on_cpu import flash_on_cpu
 from inference_cases import MODELS, PROMPTS, SHARING
 
 from modellink.config.settings import parse_settings
 from modellink.device.cuda import GraphCapture
 from modellink.inference.request import Request, SamplingSettings
 from modellink.ops.forms import use_forms
+from modellink.ops.limits import FLOATS, HALF
 from modellink.ops.table import choose
 from modellink.parallel.groups import stop_groups
 from modellink.runtime import prepare_run
@@ -62,7 +65,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     device: Any = None
-    for name in MODELS:
+    for name, attention in [*((name, "plain") for name in MODELS), ("untied", "flash")]:
         line = f"--load {folder / name} --tokenizer-name-or-path {folder / 'tokenizer'} --device cpu"
         run = prepare_run(parse_settings("worker", "test", line.split()), 1, "generate")
         device = device or start(run)
@@ -77,16 +80,17 @@ def main(folder: Path) -> None:
             use_forms(choose(dataclasses.replace(situation_of(run, device), device="cuda")), "cpu")
             return Engine(chunks, run, device.current(), **options)
 
-        steps.READ_TOGETHER = 16  # so that rows grow over several shapes
+        steps.READ_TOGETHER, steps.WORTH_RECORDING = 16, 4  # so that rows grow over several shapes
         for kind in ("auto", "int8") if name == "tied" else ("auto",):
             expected = answers(engine(kv_cache_dtype=kind))
-            with graphs_on_cpu():
+            takes = FLOATS if attention == "flash" else HALF
+            with flash_on_cpu(takes) as flash, graphs_on_cpu():
                 recording = engine(kv_cache_dtype=kind, recorder=GraphCapture)
                 got = answers(recording)
                 pools, recorded, launches = len(POOLS), list(RECORDED), len(LAUNCHES)
                 is_kept = results_stay(recording.replica)
-            found[f"{name} {kind}"] = {"got": got, "expected": expected, "recorded": recorded,
-                                       "launches": launches, "pools": pools, "is_kept": is_kept}
+            found[f"{name} {kind} {attention}"] = {"got": got, "expected": expected, "recorded": recorded,
+                                       "launches": launches, "pools": pools, "is_kept": is_kept, "flash": len(flash)}
     (folder / "steps.json").write_text(json.dumps(found))
     stop_groups()
 

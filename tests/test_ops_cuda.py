@@ -1,12 +1,11 @@
 """The CUDA forms as far as a CPU can prove them: the choice, the limits, attention; `tests/liger` has the kernels.
 
-Flash attention has no CPU kernel. Its two aten operators get one here, made of the plain formulas for what their
-arguments say, so that torch's own varlen_attn runs with its autograd.
+Flash attention has no CPU kernel; `flash_on_cpu.py` gives its two aten operators one, so that torch's own varlen_attn
+runs with its autograd.
 """
 
 import shutil
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_contracts import addmm_on_cpu
+from flash_on_cpu import flash_on_cpu
 from test_ops_reference import assert_same, leaf
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -70,86 +70,11 @@ def without_liger(looked_at_again: None, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
 
 
-class Kept:
-    """The context of an autograd function, by hand: below torch's dispatcher nothing is recorded."""
-
-    saved_tensors: tuple[Tensor, ...]
-    scale: float
-
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        self.saved_tensors = tensors
-
-
-def each_sample(ends: Tensor, scale: float | None, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None = None
-                ) -> list[Tensor]:
-    """Causal attention of every sample ([tokens, heads, head_dim]); with a gradient those of q, k and v."""
-    parts = []
-    for a, b in pairwise(ends.tolist()):
-        rows = [x[a:b].transpose(0, 1)[None] for x in ((q, k, v) if grad is None else (q, k, v, grad))]
-        context, seen = Kept(), torch.ones(b - a, b - a, dtype=torch.bool).tril()
-        out = [reference._Attention.forward(context, *rows[:3], seen, q.shape[-1] ** -0.5 if scale is None else scale)]
-        if grad is not None:
-            out = list(reference._Attention.backward(context, rows[3])[:3])
-        parts.append([x[0].transpose(0, 1) for x in out])
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-def check_call(q: Tensor, ends: Tensor, longest: int) -> None:
-    """What flash attention demands of its arguments."""
-    assert q.dtype in (torch.float16, torch.bfloat16) and q.dim() == 3 and q.stride(-1) == 1
-    assert ends.dtype == torch.int32 and ends.is_contiguous() and ends[0] == 0 and ends[-1] == q.shape[0]
-    assert longest == int(ends.diff().max()) and int(ends.diff().min()) > 0
-
-
-def over_a_cache(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, starts: Tensor, max_k: int, used: Tensor,
-                 causal: bool, scale: float | None) -> Tensor:
-    """The kernel where it is told how many tokens of each row it reads: its queries are the last of them."""
-    assert starts.dtype == used.dtype == torch.int32 and len(starts) == len(q_ends) == len(used) + 1
-    assert int(used.max()) <= max_k <= int(starts.diff().min()) and k.stride() == v.stride() and k.stride(-1) == 1
-    parts = []
-    for (a, b), start, count in zip(pairwise(q_ends.tolist()), starts.tolist(), used.tolist()):
-        rows = [x.transpose(0, 1)[None] for x in (q[a:b], k[start:start + count], v[start:start + count])]
-        seen = torch.ones(b - a, count, dtype=torch.bool).tril(count - (b - a) if causal else count)
-        out = reference._Attention.forward(Kept(), *rows, seen, q.shape[-1] ** -0.5 if scale is None else scale)
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
 @pytest.fixture
-def flash_on_cpu() -> Iterator[list[str]]:
+def flash() -> Iterator[list[str]]:
     """Kernels of the flash operators for CPU tensors; gives the names of those that ran."""
-    called: list[str] = []
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, max_q: int, max_k: int,
-                dropout: float, causal: bool, return_debug_mask: bool, *, scale: float | None = None,
-                window_size_left: int | None = None, window_size_right: int | None = None,
-                seqused_k: Tensor | None = None, **unused: Any) -> Any:
-        called.append("forward" if seqused_k is None else "over a cache")
-        check_call(q, q_ends, max_q)
-        assert dropout == 0.0 and all(value is None for value in unused.values())
-        assert (window_size_left, window_size_right) == ((-1, 0) if causal else (-1, -1))
-        if seqused_k is None:
-            assert causal and max_k == max_q and torch.equal(q_ends, k_ends)
-            (out,) = each_sample(q_ends, scale, q, k, v)
-        else:
-            assert causal == (max_q > 1)
-            out = over_a_cache(q, k, v, q_ends, k_ends, max_k, seqused_k, causal, scale)
-        return out, torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2, dtype=torch.uint64), torch.zeros(0), q[:0]
-
-    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_ends: Tensor,
-                 k_ends: Tensor, max_q: int, max_k: int, dropout: float, causal: bool, seed: Tensor, offset: Tensor, *,
-                 scale: float | None = None, window_size_left: int | None = None,
-                 window_size_right: int | None = None) -> Any:
-        called.append("backward")
-        check_call(q, q_ends, max_q)
-        assert causal and (window_size_left, window_size_right) == (-1, 0)
-        return tuple(each_sample(q_ends, scale, q, k, v, grad))
-
-    kernels = torch.library.Library("aten", "IMPL")
-    kernels.impl("_flash_attention_forward", forward, "CPU")
-    kernels.impl("_flash_attention_backward", backward, "CPU")
-    yield called
-    kernels._destroy()
+    with flash_on_cpu() as called:
+        yield called
 
 
 def heads(queries: int, keys: int, count: int, groups: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -160,12 +85,12 @@ def heads(queries: int, keys: int, count: int, groups: int, batch: int, dtype: t
 @pytest.mark.parametrize("groups", [6, 2])
 @pytest.mark.parametrize("ends", [[0, 10], [0, 4, 5, 10], [0, 0, 4, 4, 10, 10]])
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_packed_attention(flash_on_cpu: list[str], groups: int, ends: list[int], scale: float | None) -> None:
+def test_packed_attention(flash: list[str], groups: int, ends: list[int], scale: float | None) -> None:
     """Forward and backward through torch's own varlen_attn; also with samples of no token."""
     assert_same(lambda *x: cuda_attention.attention(*x, cu_seqlens=ends, scale=scale),
                 lambda *x: reference.attention(*x, cu_seqlens=ends, scale=scale),
                 *heads(10, 10, 6, groups, 1, BF16), **CLOSE[BF16])
-    assert flash_on_cpu == ["forward", "backward"]
+    assert flash == ["forward", "backward"]
 
 
 def test_boundaries_are_copied_once_a_pass() -> None:
@@ -211,7 +136,7 @@ def test_attention_over_a_cache(dtype: torch.dtype, groups: int, queries: int, k
 
 @pytest.mark.parametrize("groups", [6, 2])
 @pytest.mark.parametrize(("queries", "lengths"), [(1, [8, 5, 1]), (3, [8, 3, 11]), (4, [9])])
-def test_rows_of_a_cache_by_their_lengths(flash_on_cpu: list[str], groups: int, queries: int, lengths: list[int]
+def test_rows_of_a_cache_by_their_lengths(flash: list[str], groups: int, queries: int, lengths: list[int]
                                           ) -> None:
     """Steps, and parts of a prompt at an offset: read where they lie, and nothing behind their ends is seen."""
     query = leaf(len(lengths), 6, queries, 8, dtype=BF16).detach()
@@ -227,12 +152,12 @@ def test_rows_of_a_cache_by_their_lengths(flash_on_cpu: list[str], groups: int, 
         got = cuda_attention.attend_lengths(query, *rows, seen, 0.3, lengths=ends)
         assert got.shape == query.shape
         torch.testing.assert_close(got, expected, **CLOSE[BF16])
-    assert flash_on_cpu == ["over a cache"] * 3
+    assert flash == ["over a cache"] * 3
     assert set(ends._starts) == {queries, 12 if len(lengths) == 1 else groups * 12} | (
         {11} if len(lengths) == 1 else set())
 
 
-def test_what_needs_no_lengths_over_a_cache(flash_on_cpu: list[str]) -> None:
+def test_what_needs_no_lengths_over_a_cache(flash: list[str]) -> None:
     """Rows of one length, and a mask that says more than a length: scaled_dot_product_attention."""
     query, key, value = (x.permute(1, 2, 0, 3).detach() for x in heads(3, 8, 6, 2, 2, BF16))
     tree = torch.rand(3, 8, generator=torch.Generator().manual_seed(5)) < 0.5
@@ -242,7 +167,7 @@ def test_what_needs_no_lengths_over_a_cache(flash_on_cpu: list[str]) -> None:
     step, ends = query[:, :, :1], RowLengths(torch.tensor([5, 5], dtype=torch.int32), 5, [5, 5])
     torch.testing.assert_close(cuda_attention.attend_lengths(step, key, value, None, lengths=ends),
                                reference.attend_rows(step, key[:, :, :5], value[:, :, :5], None), **CLOSE[BF16])
-    assert flash_on_cpu == []
+    assert flash == []
 
 
 class Asked(TorchFunctionMode):

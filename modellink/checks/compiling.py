@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import sysconfig
-from pathlib import Path
 
 from modellink.checks.values import Program
 from modellink.config.errors import ProblemList
 from modellink.config.settings import Settings
-from modellink.device.compilers import triton_missing
+from modellink.device.compilers import python_headers_missing, triton_missing
 
 DEVICES = ("cpu", "cuda")
 
@@ -49,9 +47,7 @@ def _missing_on(device: str) -> str | None:
     compiler = os.environ.get("CXX", "g++")  # as torch's inductor looks for it
     if shutil.which(compiler) is None:
         return f"no C++ compiler was found ({compiler}); install g++ or name one with CXX"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return "the header files of Python are missing; install python3-dev"
-    return None
+    return python_headers_missing()
 
 
 def compile_notices(settings: Settings, program: Program) -> list[str]:

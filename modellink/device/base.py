@@ -37,9 +37,8 @@ class Device(Protocol):
     def group_options(self, group: str) -> Any:
         """What torch.distributed gets as `pg_options` of a group (megatron-core's name of it, or `world`)."""
 
-    def eager_device(self) -> torch.device | None:
-        """What torch.distributed gets as `device_id`, with which every group is connected while it is made; None where
-        a group is connected at its first collective, or needs no device for it."""
+    def vary_lengths(self) -> None:
+        """From now on attention sees samples of many lengths: no kernel that is planned anew for each."""
 
     def profiler(self) -> Any:
         """A recorder of the work on this device, not started: `start`, `stop`, `export_chrome_trace(path)`."""

@@ -130,8 +130,8 @@ class CpuDevice:
     def group_options(self, group: str) -> Any:
         return None
 
-    def eager_device(self) -> torch.device | None:
-        return None
+    def vary_lengths(self) -> None:
+        pass
 
     def profiler(self) -> Any:
         return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

@@ -92,8 +92,9 @@ class CudaDevice:
     def group_options(self, group: str) -> Any:
         return None
 
-    def eager_device(self) -> torch.device | None:
-        return self.current()
+    def vary_lengths(self) -> None:
+        # cuDNN makes a plan for every new shape, on the host and for good; flash attention needs none
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def profiler(self) -> Any:
         kinds = torch.profiler.ProfilerActivity

@@ -83,8 +83,8 @@ class NpuDevice:
         options.hccl_config = {"hccl_buffer_size": size}
         return options
 
-    def eager_device(self) -> torch.device | None:
-        return None
+    def vary_lengths(self) -> None:
+        pass
 
     def profiler(self) -> Any:
         self._load()

@@ -63,6 +63,7 @@ def load_engine(run: Run, device: Device, *, max_kv_cache_bytes: int | None = No
         max_kv_cache_bytes, kv_cache_dtype, prefix_reuse: as for `Engine`; None takes `--max-kv-cache-gb`,
             `--kv-cache-dtype` and `--prefix-reuse`.
     """
+    device.vary_lengths()
     chunks, run = load_chunks(run, device)
     wishes = run.settings.generation
     if max_kv_cache_bytes is None:

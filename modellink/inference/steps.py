@@ -22,7 +22,8 @@ from modellink.inference.forward import Stage
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 Recorder = Callable[[], Capture]  # what is recorded by one capture shares memory
 READ_TOGETHER = 256  # tokens by which the part of a row that is read grows
-WORTH_RECORDING = 4  # steps of the same shape in a row: recording costs about as much as some steps
+# steps of the same shape in a row: recording runs some, and lets go of memory that later passes ask the driver for
+WORTH_RECORDING = 16
 MOST_RECORDINGS = 16
 
 

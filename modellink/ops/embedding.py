@@ -20,7 +20,11 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
         ids, weight = ctx.saved_tensors
-        weight.main_grad.index_add_(0, ids.flatten(), grads[0].flatten(0, -2).to(weight.main_grad.dtype))
+        places, grad = ids.flatten(), grads[0].flatten(0, -2).to(weight.main_grad.dtype)
+        if weight.is_cuda:  # it sorts the places; index_add_ adds to a row in any order there, and rounds as it comes
+            weight.main_grad.index_put_((places,), grad, accumulate=True)
+        else:
+            weight.main_grad.index_add_(0, places, grad)
         weight.grad_added_to_main_grad = True
         # the hooks of data parallelism want one, and nobody reads it
         return None, None if getattr(weight, "head_gives_gradient", False) else torch.empty_like(weight)

@@ -63,8 +63,9 @@ def join(device: Device, rank: Rank, timeout: timedelta) -> None:
         problem = interface_problem(backend)
         if problem is not None:
             raise ConfigError(problem)
-    options: dict[str, Any] = {"timeout": timeout, "pg_options": device.group_options("world"),
-                               "device_id": device.eager_device()}
+    # without `device_id`: with it nccl would connect every group of megatron-core while it is made, used or not, and
+    # messages between pipeline stages would wait for each other
+    options: dict[str, Any] = {"timeout": timeout, "pg_options": device.group_options("world")}
     if "MASTER_ADDR" in os.environ:
         store = _meet(rank, timeout)
     elif rank.world_size > 1:

@@ -142,7 +142,7 @@ LEDGER: tuple[Patch, ...] = (
           "linear_with_frozen_weight", ("cpu",), "0.16.1",
           "it names torch's product, which is not the fastest on every CPU; the core builds the head and "
           "takes no class of ours for it", "the core takes the function from its configuration", _linear),
-    Patch("embedding", "megatron.core.tensor_parallel.layers.F", ("cpu",), "0.16.1",
+    Patch("embedding", "megatron.core.tensor_parallel.layers.F", ("cpu", "cuda"), "0.16.1",
           "the gradient of the embedding is a whole table of zeros for a few rows, made and added every microbatch",
           "the core adds rows to the main gradient", _embedding),
     Patch("clipping", "megatron.core.optimizer.clip_grads.l2_norm_impl, multi_tensor_scale_impl", ALL_DEVICES, "0.16.1",

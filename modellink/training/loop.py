@@ -42,6 +42,8 @@ def build_state(run: Run, device: Device) -> TrainState:
     """Model, optimizer and schedule of this rank with random weights."""
     config = transformer_config(run, device.name)
     forms.choose_forms(run, device)
+    if run.settings.data.variable_seq_lengths:
+        device.vary_lengths()
     chunks = build_chunks(run, config, device.name)
     if run.settings.device.compile == "layer":
         compile_layers(chunks, is_packed=run.settings.data.pack)

@@ -21,21 +21,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `modellink.ops.rotary.rotate`: without autograd.
 
-    The kernel works in place on queries and keys [batch, sequence, heads, head_dim] with a table for each batch row.
-    Our sequence is its batch, so that x keeps its order in memory; it rotates a copy, beside one head that nobody
-    reads. The table is widened to fp32, in which the kernel then computes.
+    The kernel works in place on queries and keys [batch, sequence, heads, head_dim]; it is compiled for every batch
+    size, and not for every length. Our tokens are one sequence of it, so that x keeps its order in memory; it rotates a
+    copy, beside one head that nobody reads. The table is widened to fp32, in which the kernel then computes.
     """
     require("rotary of liger-kernel", rotary_shape_problem(x))
     length, batch, heads, head_dim = x.shape
     require("rotary of liger-kernel", liger_problem(rotary_problem(x.dtype, head_dim, heads)))
-    wide_cos, wide_sin = (part[..., :head_dim // 2].float().expand(length, batch, 1, -1).reshape(length, batch, -1)
+    tokens = length * batch
+    wide_cos, wide_sin = (part[..., :head_dim // 2].float().expand(length, batch, 1, -1).reshape(1, tokens, -1)
                           for part in (cos, sin))
-    out = x.clone(memory_format=torch.contiguous_format)
-    unread = torch.zeros(length, batch, 1, head_dim, dtype=x.dtype, device=x.device)
+    out = x.clone(memory_format=torch.contiguous_format).view(1, tokens, heads, head_dim)
+    unread = torch.zeros(1, tokens, 1, head_dim, dtype=x.dtype, device=x.device)
     # it swaps the two dimensions of its arguments back itself
     rotated, _ = liger("rotary").apply(out.transpose(1, 2), unread.transpose(1, 2), wide_cos, wide_sin, None, 1,
                                        head_dim)
-    return rotated.transpose(1, 2)
+    return rotated.transpose(1, 2).view(x.shape)
 
 
 def swiglu(x: Tensor) -> Tensor:
