@@ -197,11 +197,15 @@ def test_training_over_symmetric_memory(folder: Path,  # noqa: F811
     assert [record["grad_norm"] for record in records] == pytest.approx(norms, **NORM)
 
 
-def test_bf16_training_is_near_the_cpu(folder: Path) -> None:  # noqa: F811
-    for label, name in (("here", DEVICE), ("cpu", "cpu")):
-        run_cases([[*arguments(folder, "tied", f"bf16.{label}"), "--bf16", "--device", name]], 1, folder)
-    here, cpu = (losses(read_metrics(folder / f"bf16.{label}.jsonl")) for label in ("here", "cpu"))
-    assert here == pytest.approx(cpu, abs=3e-2)
+def test_training_in_16_bits_is_near_the_cpu(folder: Path) -> None:  # noqa: F811
+    """bf16, and fp16 with its loss scale."""
+    precisions = {"bf16": ["--bf16"], "fp16": ["--fp16", "--initial-loss-scale", "65536"]}
+    for name in dict.fromkeys((DEVICE, "cpu")):
+        run_cases([[*arguments(folder, "tied", f"{precision}.{name}"), *flags, "--device", name]
+                   for precision, flags in precisions.items()], 1, folder)
+    for precision in precisions:
+        here, cpu = (losses(read_metrics(folder / f"{precision}.{name}.jsonl")) for name in (DEVICE, "cpu"))
+        assert here == pytest.approx(cpu, abs=3e-2)
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(folder: Path) -> None:  # noqa: F811
@@ -225,13 +229,34 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("generation"))
 
 
+@pytest.fixture(scope="module")
+def generated(place: Path) -> dict[str, Any]:
+    """What the engine answers, by model."""
+    for name in GENERATING:
+        done = subprocess.run([sys.executable, str(REPO / "tests" / "cuda_generation.py"), str(place), name],
+                              env=environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-6000:]
+    return {name: json.loads((place / f"{name}.json").read_text()) for name in GENERATING}
+
+
 @pytest.mark.parametrize("name", GENERATING)
-def test_generation_equals_transformers(name: str, place: Path) -> None:
+def test_recorded_steps_and_bf16(name: str, generated: dict[str, Any]) -> None:
+    """CUDA graphs give the answers of steps launched one by one; bf16 (flash attention over rows of other lengths)
+    the probabilities of fp32, as long as the words are the same."""
+    plain, recorded, half, half_recorded = generated[name]["long"].values()
+    for (tokens, logprobs), (others, more) in zip(plain, recorded, strict=True):
+        assert tokens == others and logprobs == pytest.approx(more, abs=1e-4)
+    for one, other in ((plain, half), (half, half_recorded)):
+        for (tokens, logprobs), (others, more) in zip(one, other, strict=True):
+            same = next((place for place, pair in enumerate(zip(tokens, others)) if pair[0] != pair[1]), len(tokens))
+            assert logprobs[:same] == pytest.approx(more[:same], abs=5e-2)
+        assert sum(tokens[0] == others[0] for (tokens, _), (others, _) in zip(one, other)) >= len(one) - 1
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_generation_equals_transformers(name: str, place: Path, generated: dict[str, Any]) -> None:
     """Greedy answers in a batch whose rows have other lengths; prompts in chunks; likelihoods of given words."""
-    done = subprocess.run([sys.executable, str(REPO / "tests" / "cuda_generation.py"), str(place), name],
-                          env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-6000:]
-    found = json.loads((place / f"{name}.json").read_text())
+    found = generated[name]
     model = Qwen2ForCausalLM.from_pretrained(place / name)
     for prompt, tokens, logprobs in zip(PROMPTS, found["tokens"], found["logprobs"], strict=True):
         ids = torch.tensor([prompt])

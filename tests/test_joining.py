@@ -18,11 +18,15 @@ from breaking_start_worker import DEAD
 from ladder import REPO
 
 from modellink.config import ConfigError
+from modellink.device import select
 from modellink.device.backends import group_place
 from modellink.device.cpu import CpuDevice
 from modellink.device.network import interface_problem
 from modellink.device.select import select_device
 from modellink.device.visible import visibility_problem
+from modellink.doctor import main as doctor
+from modellink.launch.options import parse_job
+from modellink.launch.preflight import check_job
 from modellink.launch.report import Failure, first_failure
 from modellink.parallel import join as joining
 from modellink.parallel.join import bind, check_devices, join
@@ -174,14 +178,37 @@ def test_a_size_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 class Held(CpuDevice):
     """A device that another process holds."""
 
+    name = "cuda"
+
     def set_current(self, local_rank: int) -> torch.device:
         raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nfurther lines")
 
+    def product_name(self) -> str:
+        return str(self.set_current(0))
+
+    def free_memory(self) -> int:
+        return int(str(self.set_current(0)))
+
 
 def test_a_device_that_does_not_start() -> None:
-    with pytest.raises(ConfigError, match=r"^cpu 1 does not start on rank 3: CUDA error: all CUDA-capable devices are "
+    with pytest.raises(ConfigError, match=r"^cuda 1 does not start on rank 3: CUDA error: all CUDA-capable devices are "
                                           r"busy or unavailable; another process may hold it"):
         bind(Held(), Rank(3, 4, 1, 2))
+
+
+def test_whoever_asks_it_first_says_that_it_does_not_start(monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    """Doctor goes on with the other devices, and a check before a run is a sentence as well."""
+    monkeypatch.setitem(select._KINDS, "cuda", Held)
+    busy = "start: CUDA error: all CUDA-capable devices are busy or unavailable; another process may hold it"
+    assert doctor(["--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert f"cuda: not usable: it does not {busy}" in said and "chosen: cpu" in said
+    with pytest.raises(ConfigError, match=f"^cuda does not {busy}"):
+        doctor(["--device", "cuda"])
+    with pytest.raises(ConfigError, match=f"^cuda does not {busy}"):
+        check_job(parse_job(["--nproc-per-node", "1", "pretrain_gpt.py", "--model", "qwen15-0.5b", "--mock-data",
+                             "--seq-length", "16", "--train-iters", "1", "--lr", "1e-3", "--device", "cuda"]))
 
 
 def test_a_cpu_serves_any_number_of_ranks() -> None:

@@ -85,11 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     (options,), _ = parse_sections("npu_acceptance.py", TITLE, (Options,), argv)
     out = Path(options.out)
     from modellink.device.select import select_device
+    from modellink.device.starting import reporting_device
 
     device = select_device(options.device)
+    with reporting_device(device.name):
+        product = device.product_name()
     out.mkdir(parents=True, exist_ok=True)
     ranks = options.ranks if options.ranks is not None else device.count()
-    head = {"device": device.name, "product": device.product_name(), "libraries": device.libraries(),
+    head = {"device": device.name, "product": product, "libraries": device.libraries(),
             "simulated": options.runner is not None, "host": platform.platform(), "ranks": ranks,
             "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
             "options": asdict(options)}

@@ -5,6 +5,7 @@ import platform
 import sys
 
 from modellink.device.base import Device
+from modellink.device.starting import reporting_device
 
 PACKAGES = ("torch", "torch-npu", "triton", "liger-kernel", "megatron-core", "transformers", "safetensors", "numpy")
 
@@ -16,9 +17,14 @@ def package_lines() -> list[str]:
 
 
 def device_lines(device: Device) -> list[str]:
-    """The device of this process, and the versions of its driver and libraries."""
-    return [f"chosen: {device.name}, {device.product_name()} ({device.free_memory() / 1024**3:.1f} GiB free)",
-            *(f"  {name}: {version}" for name, version in device.libraries().items())]
+    """The device of this process, and the versions of its driver and libraries.
+
+    Raises:
+        ConfigError: the device does not start.
+    """
+    with reporting_device(device.name):
+        return [f"chosen: {device.name}, {device.product_name()} ({device.free_memory() / 1024**3:.1f} GiB free)",
+                *(f"  {name}: {version}" for name, version in device.libraries().items())]
 
 
 def _version(package: str) -> str:

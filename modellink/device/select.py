@@ -5,6 +5,7 @@ from modellink.device.base import Device
 from modellink.device.cpu import CpuDevice
 from modellink.device.cuda import CudaDevice
 from modellink.device.npu import NpuDevice
+from modellink.device.starting import reporting_device
 
 _KINDS: dict[str, type] = {"npu": NpuDevice, "cuda": CudaDevice, "cpu": CpuDevice}  # best first
 
@@ -31,8 +32,13 @@ def describe_devices() -> list[str]:
     for name, kind in _KINDS.items():
         device = kind()
         reason = device.unusable_reason()
-        if reason is None:
-            lines.append(f"{name}: usable, {device.count()} visible, {device.product_name()}")
-        else:
-            lines.append(f"{name}: not usable: {reason}")
+        lines.append(f"{name}: not usable: {reason}" if reason is not None else _described(device))
     return lines
+
+
+def _described(device: Device) -> str:
+    try:
+        with reporting_device("it"):
+            return f"{device.name}: usable, {device.count()} visible, {device.product_name()}"
+    except ConfigError as error:  # a look at all devices goes on
+        return f"{device.name}: not usable: {error}"

@@ -132,12 +132,14 @@ def _check_plan(run: Run, job: Job, nproc: int, place: Place | None, problems: P
 def _place(settings: Settings) -> tuple[Place | None, int]:
     """The device of this machine that the job would use (None: not here), and how many there are."""
     from modellink.device.select import select_device  # imports torch
+    from modellink.device.starting import reporting_device
 
     try:
         device = select_device(settings.device.device)
     except ConfigError:
         return None, 1
-    return Place(device.name, device.free_memory(), shared=device.name == "cpu"), device.count()
+    with reporting_device(device.name):
+        return Place(device.name, device.free_memory(), shared=device.name == "cpu"), device.count()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

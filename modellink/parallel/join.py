@@ -16,6 +16,7 @@ from modellink.config.errors import ConfigError
 from modellink.device.backends import first_words, reporting_start
 from modellink.device.base import Device
 from modellink.device.network import interface_problem
+from modellink.device.starting import reporting_device
 from modellink.parallel.rank import Rank
 
 RESOLVE_SECONDS = 30.0  # a name service may learn of a new machine a little later
@@ -38,13 +39,9 @@ def bind(device: Device, rank: Rank) -> None:
     Raises:
         ConfigError: the accelerator does not start.
     """
-    try:
+    with reporting_device(f"{device.name} {rank.local_rank}", f" on rank {rank.rank}"):
         device.set_current(rank.local_rank)
         torch.ones(1).to(device.current())
-    except RuntimeError as error:
-        raise ConfigError(f"{device.name} {rank.local_rank} does not start on rank {rank.rank}: {first_words(error)}; "
-                          "another process may hold it: look at the vendor's tool, or make other devices visible."
-                          ) from error
 
 
 def join(device: Device, rank: Rank, timeout: timedelta) -> None:
