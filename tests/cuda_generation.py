@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from cuda_environment import DEVICE
 from inference_cases import NUM_NEW, PROMPTS
 
@@ -42,7 +43,7 @@ def main(folder: Path, name: str) -> None:
     long = {flags: [[answer.tokens, answer.logprobs] for answer in load_engine(prepared(flags), device).generate(
         [Request(prompt, settings) for prompt in PROMPTS])] for flags in LONGER}
     (folder / f"{name}.json").write_text(json.dumps({
-        "long": long,
+        "long": long, "plans": torch.backends.cuda.cudnn_sdp_enabled(),
         "tokens": [answer.tokens for answer in answers], "logprobs": [answer.logprobs for answer in answers],
         "chunked": [answer.tokens for answer in chunked], "device": engine.device.type}))
     stop_groups()

@@ -137,11 +137,20 @@ def test_the_version_of_nvidias_driver(content: str | None, version: str, tmp_pa
     assert driver_version(tmp_path / "version") == version
 
 
-def test_what_devices_say_of_graphs_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+def test_what_devices_say_of_graphs() -> None:
     devices: list[Device] = [CpuDevice(), NpuDevice(), CudaDevice()]
     assert [device.graph_recorder for device in devices] == [None, None, GraphCapture]
-    assert [device.eager_device() for device in devices] == [None, None, torch.device("cuda", 3)]
+
+
+def test_attention_of_many_lengths_makes_no_plans() -> None:
+    """cuDNN's kernel is planned for every new shape; a CPU and an NPU have nothing of the kind."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for kind, expected in ((CpuDevice, before), (NpuDevice, before), (CudaDevice, False)):
+            kind().vary_lengths()
+            assert torch.backends.cuda.cudnn_sdp_enabled() == expected
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_unknown_hardware_has_no_peak_rate() -> None:
