@@ -71,6 +71,6 @@ def test_only_an_npu_counts_them() -> None:
 def test_the_plan_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
     run, plan = make_plan(8, *TP2, *PP2, "--num-layers-per-virtual-pipeline-stage", "4", "--hccl-buffer-size", "100")
-    assert run.notices == () and single_neighbours(run.dims) == 1
-    assert ("HCCL        buffers of the groups take 1,090,519,040 bytes of a rank's total (world 200 MiB, tp 200 MiB, "
-            "dp 200 MiB, pp 200 MiB, mp 200 MiB, neighbours 40 MiB; --hccl-buffer-size sets them)") in plan.lines()
+    assert run.notices == () and single_neighbours(run.dims) == 2
+    assert ("HCCL        buffers of the groups take 1,132,462,080 bytes of a rank's total (world 200 MiB, tp 200 MiB, "
+            "dp 200 MiB, pp 200 MiB, mp 200 MiB, neighbours 80 MiB; --hccl-buffer-size sets them)") in plan.lines()

@@ -27,5 +27,9 @@ def groups_in_use(dims: ParallelDims, stage: int, *, is_tied: bool, is_sharded: 
 
 
 def single_neighbours(dims: ParallelDims) -> int:
-    """Pipeline neighbours that a rank exchanges single messages with; without interleaving they go in batches."""
-    return 0 if dims.chunks == 1 else min(2, dims.pipeline - 1)
+    """Communicators of two ranks for single messages between stages; without interleaving these go in batches.
+
+    Interleaved stages form a ring: one before, one behind. Of two stages both are the same rank, and megatron-core sends
+    the two ways through two groups, each with a communicator of its own.
+    """
+    return 0 if dims.chunks == 1 else 2
