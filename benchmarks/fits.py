@@ -47,8 +47,7 @@ def peer_bytes(config: dict[str, Any], seq_length: int) -> int:
 
 def most_layers(shape: str, seq_length: int, limit: float) -> int:
     """The most layers of a shape with which both sides stay within `limit` bytes."""
-    layers = shape_of(shape, TRAINING)["num_hidden_layers"]
-    while max(count(shape_of(shape, TRAINING, layers=layers, positions=seq_length), seq_length)
-              for count in (our_bytes, peer_bytes)) > limit:
-        layers -= 1
-    return layers
+    configs = [shape_of(shape, TRAINING, layers=layers, positions=seq_length)
+               for layers in range(1, shape_of(shape, TRAINING)["num_hidden_layers"] + 1)]
+    return max(config["num_hidden_layers"] for config in configs
+               if max(our_bytes(config, seq_length), peer_bytes(config, seq_length)) <= limit)
