@@ -1,10 +1,12 @@
 """Generation in one process against transformers' generate: prefill and decode tokens/s, and bytes of the KV cache.
 
     python benchmarks/decode.py [--device cpu|cuda|npu] [--shape small|0.5b|1.8b|4b|7b] [--layers N] [--batch 1 8 32]
-                                [--precision fp32|bf16] [--flags="--cuda-graphs"] [--output FILE]
+                                [--precision fp32|bf16] [--rounds N] [--no-int8-cache] [--flags="--cuda-graphs"]
+                                [--output FILE]
 
-Both sides load the same random weights, each in a process of its own, in turn; the best of the rounds counts, and the
-ratio is that of the same run. Two jobs for each batch size:
+Both sides load the same random weights, made once in the precision asked for, each in a process of its own, in turn;
+the best of the rounds counts, and the ratio is that of the same run. Our side runs once more with an int8 cache, unless
+`--no-int8-cache` is given. Two jobs for each batch size:
 
 - equal: prompts of one length, answers of one length. Prefill is the time to the first token of every row; decode is
   the rest.
@@ -34,9 +36,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flags import PRECISIONS, add_output, add_place, check_device, check_further_flags, number, open_output
+from flags import PRECISIONS, add_output, add_place, check_further_flags, check_place, number, open_output
 from shapes import GENERATION, add_shape, shape_of
-from sides import largest, peak_memory, run_side
+from sides import largest, peak_bytes, run_side
 
 from modellink.config.errors import ConfigError, run_command
 from modellink.config.parser import Parser
@@ -181,24 +183,29 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
         (Path(options.folder) / ANSWERS).write_text(json.dumps(answers))
     assert engine.replica.cache is not None
     found["cache"] = {"bytes": engine.replica.cache.num_bytes, "bytes_per_token": engine.replica.token_bytes}
+    return found | {"device": measure_device(options, run.model, device)}
+
+
+def measure_device(options: argparse.Namespace, model: Any, device: Any) -> dict[str, Any]:
+    """Peak memory so far, the device's ceilings, and what `model` (a `ModelConfig`) asks of it."""
     from operations import ceilings
 
     from modellink.device.specs import find_spec
     from modellink.ops.forms import DTYPES
     from modellink.training.metrics import flops_per_token
 
+    peak = peak_bytes(device)  # before the ceilings, which take memory of their own
     spec = find_spec(device.product_name())
     flops, copied = ceilings(options, device, DTYPES[options.precision])
-    found["device"] = {
+    return {
         "name": device.product_name(), "flops": flops, "bytes_per_second": copied,
         "datasheet_flops": spec.bf16_flops if spec and options.precision == "bf16" else None,
-        "peak_bytes": peak_memory() if device.name == "cpu" else device.peak_memory(),
+        "peak_bytes": peak,
         # forward alone: a third of training; the head works on the last token of a prompt only
-        "flops_per_token": flops_per_token(run.model, 0) / 3 - 2 * run.model.vocab_size * run.model.hidden_size * (
+        "flops_per_token": flops_per_token(model, 0) / 3 - 2 * model.vocab_size * model.hidden_size * (
             1 - 1 / options.prompt_length),
-        "flops_per_context_token": (flops_per_token(run.model, 2) - flops_per_token(run.model, 0)) / 3,
-        "weight_bytes": flops_per_token(run.model, 0) / 6 * (4 if options.precision == "fp32" else 2)}
-    return found
+        "flops_per_context_token": (flops_per_token(model, 2) - flops_per_token(model, 0)) / 3,
+        "weight_bytes": flops_per_token(model, 0) / 6 * (4 if options.precision == "fp32" else 2)}
 
 
 def use_of(options: argparse.Namespace, batch: int, rates: dict[str, float], device: dict[str, Any],
@@ -215,15 +222,16 @@ def use_of(options: argparse.Namespace, batch: int, rates: dict[str, float], dev
 
 
 def make_model(folder: Path, config: dict[str, Any], precision: str) -> None:
-    """Random weights and a tokenizer that nobody uses."""
+    """Random weights, drawn and saved in `precision`, and a tokenizer that nobody uses."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    model: Any = Qwen2ForCausalLM(Qwen2Config(**config | {"bos_token_id": 0, "eos_token_id": 0}))
-    model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision]).save_pretrained(folder)
+    model: Any = Qwen2ForCausalLM._from_config(Qwen2Config(**config | {"bos_token_id": 0, "eos_token_id": 0}),
+                                               dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    model.save_pretrained(folder)
     words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<unk>").save_pretrained(folder)
 
@@ -255,6 +263,7 @@ def make_parser() -> Parser:
     parser.add_argument("--new-tokens", type=number, default=64, help="tokens of an answer of the equal job")
     parser.add_argument("--repeats", type=number, default=2, help="times a job runs in a process; the fastest counts")
     parser.add_argument("--rounds", type=number, default=2, help="turns of each side; the best counts")
+    parser.add_argument("--no-int8-cache", action="store_true", help="leave out the run with an int8 KV cache")
     parser.add_argument("--flags", default="", help="further flags of inference.py for our side, in one string")
     add_output(parser, "decode.json")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
@@ -270,7 +279,7 @@ def check(options: argparse.Namespace) -> None:
     if options.new_tokens < 2:
         raise ConfigError(f"--new-tokens {options.new_tokens}: the first token is the prompt's; give 2 or more.")
     check_further_flags(options.flags)
-    check_device(options.device)
+    check_place(options)
     open_output(options.output)
 
 
@@ -287,30 +296,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         for _ in range(options.rounds):
             for side in turns:
                 turns[side].append(measure(side, options, folder))
-        small = measure("ours", options, folder, "int8")
+        small = None if options.no_int8_cache else measure("ours", options, folder, "int8")
     gap = largest([turn["largest_gap"] for turn in turns["peer"]])
     if not gap <= GAP_LIMITS[options.precision]:
         raise SystemExit(f"a token of ours lies {gap:.1e} of the way from transformers' best logit to the mean, which "
                          f"rounding in {options.precision} does not explain: the two sides do not compute the same")
-    ours, peer, int8 = best_of(turns["ours"]), best_of(turns["peer"]), best_of([small])
+    ours, peer, int8 = best_of(turns["ours"]), best_of(turns["peer"]), best_of([small]) if small else None
     results: dict[str, Any] = {"shape": shape(options), "precision": options.precision, "flags": options.flags,
                                "clock": options.clock, "ours": ours, "transformers": peer, "ours_int8_cache": int8,
                                "largest_gap": gap}
     results["ratio"] = {batch: {name: rate / peer[batch][name] for name, rate in rates.items()}
                         for batch, rates in ours.items()}
-    results["cache"] = {"full": turns["ours"][0]["cache"], "int8": small["cache"]}
-    results["cache"]["int8_to_full"] = small["cache"]["bytes"] / turns["ours"][0]["cache"]["bytes"]
+    full = turns["ours"][0]["cache"]
+    results["cache"] = {"full": full}
+    said = f"KV cache: {full['bytes_per_token']} bytes a token"
+    if small:
+        results["cache"] |= {"int8": small["cache"], "int8_to_full": small["cache"]["bytes"] / full["bytes"]}
+        said += f", int8 {small['cache']['bytes_per_token']}: {results['cache']['int8_to_full']:.3f}x"
     print(f"{options.precision}, tokens a second ({options.clock})")
-    print(f"{'':18} {'ours':>9} {'transformers':>13} {'ratio':>6}   {'int8 cache':>10}")
+    print(f"{'':18} {'ours':>9} {'transformers':>13} {'ratio':>6}" + (f"   {'int8 cache':>10}" if int8 else ""))
     for batch, rates in ours.items():
         for name, rate in rates.items():
             print(f"batch {batch:>3} {name:8} {rate:9.1f} {peer[batch][name]:13.1f} "
-                  f"{results['ratio'][batch][name]:5.2f}x   {int8[batch][name]:10.1f}")
-    print(f"KV cache: {results['cache']['full']['bytes_per_token']} bytes a token, int8 "
-          f"{results['cache']['int8']['bytes_per_token']}: {results['cache']['int8_to_full']:.3f}x")
+                  f"{results['ratio'][batch][name]:5.2f}x" + (f"   {int8[batch][name]:10.1f}" if int8 else ""))
+    print(said)
     device = turns["ours"][0]["device"]
     results["device"], results["use"] = device, {
-        batch: use_of(options, int(batch), rates, device, results["cache"]["full"]["bytes_per_token"])
+        batch: use_of(options, int(batch), rates, device, full["bytes_per_token"])
         for batch, rates in ours.items()}
     print(f"{device['name']}: {device['flops'] / 1e12:.3f} TFLOP/s and {device['bytes_per_second'] / 1e9:.1f} GB/s "
           f"measured; peak memory {device['peak_bytes'] / 2**30:.2f} GiB")

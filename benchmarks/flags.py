@@ -26,7 +26,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     """`--device` and `--clock`."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "npu"), help="where to run")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="seconds on the clock, or CPU seconds "
-                        "of the process: for a machine that others use too, with one thread")
+                        "of the process (on the CPU): for a machine that others use too, with one thread")
 
 
 def add_output(parser: argparse.ArgumentParser, name: str) -> None:
@@ -35,14 +35,18 @@ def add_output(parser: argparse.ArgumentParser, name: str) -> None:
                         help=f"JSON file of the numbers (default: benchmarks/results/{name})")
 
 
-def check_device(name: str) -> None:
+def check_place(options: argparse.Namespace) -> None:
     """Raises:
-        ConfigError: the device cannot be used here.
+        ConfigError: the device cannot be used here, or its work is no CPU time.
     """
-    if name != "cpu":
-        from modellink.device.select import select_device  # imports torch
+    if options.device == "cpu":
+        return
+    if options.clock == "cpu":
+        raise ConfigError(f"--clock cpu with --device {options.device}: an accelerator's work is no CPU time of the "
+                          "process; leave --clock out.")
+    from modellink.device.select import select_device  # imports torch
 
-        select_device(name)
+    select_device(options.device)
 
 
 def check_further_flags(words: str) -> None:

@@ -22,6 +22,11 @@ def peak_memory() -> int:
     raise RuntimeError("no VmHWM in /proc/self/status")
 
 
+def peak_bytes(device: Any) -> int:
+    """Peak bytes of this process on its device: resident on the CPU, the allocator's elsewhere."""
+    return peak_memory() if device.name == "cpu" else device.peak_memory()
+
+
 def run_side(command: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run one side in its own process and return its numbers.
 

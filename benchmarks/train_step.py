@@ -1,7 +1,8 @@
 """Training step in one process against transformers: tokens/s, TFLOP/s, MFU, peak memory and bytes of state.
 
     python benchmarks/train_step.py [--device cpu|cuda|npu] [--shape small|0.5b|1.8b|4b|7b] [--layers N]
-                                    [--seq-length N] [--precision fp32|bf16] [--output FILE]
+                                    [--seq-length N] [--precision fp32|bf16] [--flags="--compile pointwise"]
+                                    [--output FILE]
 
 Each side runs in a process of its own. Both start from the same weights and read the same samples, and the program
 ends where the losses of their steps differ by more than rounding. With `--turns step`, the default on the CPU, both
@@ -9,9 +10,10 @@ live and make one step in turn, so that a slow minute of the machine slows both;
 of steps. With `--turns run`, the default elsewhere, where two models may not fit, one runs after the other, and the
 ratio is that of the best runs. It is printed and written as JSON. The peer is transformers' Qwen2 with SDPA and torch's
 fused AdamW, and with liger-kernel's kernels where they are installed and the device is cuda; in bf16 it keeps fp32
-master weights (autocast), as the training loop here does. FLOPs count attention causally; MFU needs the chip's
-datasheet rate (`modellink/device/specs.py`) and is n/a where that is unknown. Peak memory is the process's on the CPU
-(libraries included) and the allocator's elsewhere.
+master weights (autocast), as the training loop here does. Our side, too, takes its fused kernels from liger-kernel on
+cuda; where that is missing, `--flags "--compile pointwise"` compiles them instead. FLOPs count attention causally; MFU
+needs the chip's datasheet rate (`modellink/device/specs.py`) and is n/a where that is unknown. Peak memory is the
+process's on the CPU (libraries included) and the allocator's elsewhere; `fits.py` estimates it beforehand.
 """
 
 import argparse
@@ -27,9 +29,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flags import PRECISIONS, add_output, add_place, check_device, check_further_flags, number, open_output
+from flags import PRECISIONS, add_output, add_place, check_further_flags, check_place, number, open_output
 from shapes import TRAINING, add_shape, shape_of
-from sides import numbers, peak_memory, require_same_losses, run_side
+from sides import numbers, peak_bytes, require_same_losses, run_side
 from turns import run_in_turn, wait_for_turn
 
 from modellink.config.errors import ConfigError, run_command
@@ -175,7 +177,7 @@ def summary(options: argparse.Namespace, device: Any, times: list[float], losses
     rate = options.batch * options.seq_length / median
     return {"tokens_per_second": rate, "seconds": median, "times": times[options.warmup:], "losses": losses,
             **utilisation(rate, shape(options), options, device.product_name()),
-            "peak_bytes": peak_memory() if device.name == "cpu" else device.peak_memory(), "parameters_on_rank": count,
+            "peak_bytes": peak_bytes(device), "parameters_on_rank": count,
             "state_bytes_per_parameter": state / count, "device": device.product_name()}
 
 
@@ -255,7 +257,7 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--batch {options.batch} is not a multiple of --micro-batch {options.micro_batch}; "
                           "change one of them.")
     check_further_flags(options.flags)
-    check_device(options.device)
+    check_place(options)
     open_output(options.output)
 
 
