@@ -211,10 +211,10 @@ def operator_cases() -> Iterator[Case]:
                    lambda q, k, v, mask=mask: reference.attend_rows(q, k, v, mask),
                    [draw(2, 8, queries, 128), *rows[1:]], differentiable=False)
     # as the engine calls it: whole rows of a cache that have room for more, and so many tokens of each
-    for name, mask, queries, ends in (("a step at 41 and 96", seen, 1, [41, 96]), ("16 new up to 96", offset, 16, [96]),
-                                      ("a prompt of 96", None, 96, [96])):
-        rows = [draw(len(ends), 8, queries, 128), draw(len(ends), 2, 128, 128), draw(len(ends), 2, 128, 128)]
-        ours, theirs = (partial(attend_ends, each.attend_rows, mask, ends) for each in (attention, reference))
+    for name, mask, queries, stops in (("a step at 41 and 96", seen, 1, [41, 96]),
+                                       ("16 new up to 96", offset, 16, [96]), ("a prompt of 96", None, 96, [96])):
+        rows = [draw(len(stops), 8, queries, 128), *(draw(len(stops), 2, 128, 128) for _ in range(2))]
+        ours, theirs = (partial(attend_ends, each.attend_rows, mask, stops) for each in (attention, reference))
         yield Case("cached_attention", f"{name} in rows of 128", ours, theirs, rows, differentiable=False)
     for size, count, groups in ((64, 8, 2), (80, 4, 2), (128, 8, 1)):
         tokens = sum(CACHED)
