@@ -4,7 +4,7 @@ from modellink.checkpoint.layout import stage_layers
 from modellink.checks.adapters import check_lora, find_lora, refuse_adapters_as_base
 from modellink.checks.compiling import check_compile, compile_notices
 from modellink.checks.inputs import check_data, check_tokenizer, data_notices, grown_rows_notice
-from modellink.checks.kernels import check_kernels
+from modellink.checks.kernels import check_kernels, check_precision, product_of
 from modellink.checks.layout import (
     check_batches,
     check_recompute_layers,
@@ -73,7 +73,10 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
             if weights is not None and plan is None:  # optimizer state of a base has no meaning for adapters
                 check_resume(settings, weights, model, dims, problems)
     device = problems.catch(lambda: _device(settings, program, elsewhere))
+    product = ""
     if isinstance(device, tuple):
+        product = "" if elsewhere else product_of(device[0])
+        check_precision(settings, product, problems)
         check_compile(settings, device[0], not elsewhere, problems)
     problems.raise_if_any()
     assert dims is not None and isinstance(device, tuple)
@@ -83,7 +86,7 @@ def prepare_run(settings: Settings, world_size: int, program: Program, *, elsewh
                        *data_notices(settings)), lora=plan, device=device[0],
               trains=program == "train")
     if program == "train":
-        check_kernels(run, problems)
+        check_kernels(run, product, problems)
         problems.raise_if_any()
     return run
 

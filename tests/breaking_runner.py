@@ -2,7 +2,8 @@
 
 Attention over a cache raises what a kernel would, in generation it does so in bf16 and gives wrong numbers in fp16; a
 signal ends the collectives, the training of the speed part raises, and that of a loss curve ends well without having
-trained.
+trained. With BREAKING_RUNNER in the environment attention over a cache takes the device with it: nothing that torch is
+asked works from then on.
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modellink.ops import attention
 
@@ -21,6 +23,18 @@ attend_rows = attention.attend_rows
 
 def refuse(*tensors: Any, **options: Any) -> Any:
     raise RuntimeError("no kernel\nfor these shapes")
+
+
+class Lost(TorchDispatchMode):
+    """A device whose context is gone."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError("error code is 507015")
+
+
+def lose(*tensors: Any, **options: Any) -> Any:
+    Lost().__enter__()
+    raise RuntimeError("vector core exception")
 
 
 def attend_badly(*tensors: Any, **options: Any) -> Any:
@@ -45,7 +59,8 @@ def main() -> None:
         return
     if "collectives" in arguments and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGSEGV)
-    attention.attend_rows = attend_badly if Path(script).name == "npu_acceptance_generation.py" else refuse
+    breaks = lose if "BREAKING_RUNNER" in os.environ else refuse
+    attention.attend_rows = attend_badly if Path(script).name == "npu_acceptance_generation.py" else breaks
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")

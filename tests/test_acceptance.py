@@ -38,7 +38,7 @@ def test_a_kernel_that_refuses_does_not_take_the_others_with_it(broken: tuple[in
     code, report, table = broken
     rows = rows_of(report, "operators")
     failed = [row for row in rows if row["verdict"] == "FAILED"]
-    assert code == 1 and len(rows) == 60 and len(failed) == 27
+    assert code == 1 and len(rows) == 69 and len(failed) == 36
     assert all(row["case"].startswith("cached_attention") for row in failed)
     assert {row["verdict"] for row in rows if row not in failed} == {"pass"}
     for row in failed:
@@ -47,6 +47,28 @@ def test_a_kernel_that_refuses_does_not_take_the_others_with_it(broken: tuple[in
         assert "in refuse" in failure["traceback"]
         assert row["case"].endswith(": RuntimeError: no kernel")
     assert all(row["failure"] is None for row in rows if row not in failed)
+
+
+def test_a_device_that_is_lost_in_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing works on it any more: one row says so, and no other case is blamed."""
+    monkeypatch.setenv("BREAKING_RUNNER", "lose the device")
+    runner = Path(__file__).with_name("breaking_runner.py")
+    code, report, _ = acceptance(tmp_path, "--part", "operators", "--runner", str(runner))
+    *rows, refused, rest = report["rows"]
+    assert code == 1 and rows and {row["verdict"] for row in rows} == {"pass"}
+    name = "cached_attention BNSD 8 groups, 1 new fp32"
+    assert refused["case"].startswith(f"{name}: ") and refused["failure"]["message"] == "vector core exception"
+    assert rest["case"] == f"the rest of the part, device lost after {name}: RuntimeError: error code is 507015"
+    assert "in device_failure" in rest["failure"]["traceback"]
+
+
+def test_collectives_where_no_form_of_mc2_is(tmp_path: Path) -> None:
+    code, report, table = acceptance(tmp_path, "--part", "collectives", "--ranks", "2", "--megabytes", "1")
+    assert code == 0, table
+    assert [row["verdict"] for row in report["rows"]] == ["pass", "-"] * 5 + ["-"] * 4
+    assert [row["case"] for row in report["rows"]][-4:] == [
+        f"{kind}_linear {precision}: left out, no such form on this device"
+        for precision in ("bf16", "fp16") for kind in ("column", "row")]
 
 
 def test_a_rank_that_a_signal_ends(broken: tuple[int, dict[str, Any], str]) -> None:
@@ -69,7 +91,7 @@ def test_trainings_that_raise_or_take_no_step(broken: tuple[int, dict[str, Any],
         assert (failure["traceback"].startswith("Traceback") and "KeyError: 'step'" in failure["traceback"]
                 and failure["traceback"].endswith("are missing")) == (part == "speed")
     failed = [line.split()[0] for line in table.splitlines() if line.endswith("FAILED")]
-    assert failed == ["operators"] * 27 + ["collectives", "curve", "generation", "speed"]
+    assert failed == ["operators"] * 36 + ["collectives", "curve", "generation", "speed"]
 
 
 def test_generation_that_is_right_refused_and_wrong(broken: tuple[int, dict[str, Any], str]) -> None:

@@ -19,7 +19,7 @@ from ladder import REPO
 
 from modellink.config import ConfigError
 from modellink.device import select
-from modellink.device.backends import group_place
+from modellink.device.backends import group_place, reporting_start
 from modellink.device.cpu import CpuDevice
 from modellink.device.network import interface_problem
 from modellink.device.select import select_device
@@ -209,6 +209,45 @@ def test_whoever_asks_it_first_says_that_it_does_not_start(monkeypatch: pytest.M
     with pytest.raises(ConfigError, match=f"^cuda does not {busy}"):
         check_job(parse_job(["--nproc-per-node", "1", "pretrain_gpt.py", "--model", "qwen15-0.5b", "--mock-data",
                              "--seq-length", "16", "--train-iters", "1", "--lr", "1e-3", "--device", "cuda"]))
+
+
+HCCL = ("createHCCLComm:build/CMakeFiles/torch_npu.dir/compiler_depend.ts:102 HCCL function error: "
+        "hcclCommInitRootInfoConfig(numRanks, &rootInfo, rank, config, &(comm->hcclComm_)), error code is {}\n"
+        "[ERROR] 2025-04-27-03:11:08 (PID:540989, Device:0, RankID:1) ERR02200 DIST call hccl api failed.\n")
+HCCL_SAYS = ("HCCL function error: hcclCommInitRootInfoConfig(numRanks, &rootInfo, rank, config, &(comm->hcclComm_)), "
+             "error code is {}")
+NCCL = ("NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.27.3\nncclSystemError: System call (e.g. socket, malloc) or "
+        "external library call failed or device error. \nLast error:\n{}")
+
+
+@pytest.mark.parametrize("text, said", [
+    (HCCL.format(6) + "EI0006: [PID: 1292363] 2025-04-08-18:07:20.444.436 Getting socket times out. Reason: Remote "
+     "Rank did not send the data in time.\n        Solution: 1. Check the rank service processes.\n        TraceBack "
+     "(most recent call last):\n        more[FUNC:x][FILE:y.cc][LINE:1]\n",
+     HCCL_SAYS.format(6) + ": EI0006 Getting socket times out. Reason: Remote Rank did not send the data in time. "
+     "Solution: 1. Check the rank service processes"),
+    (HCCL.format(4) + "EL0004: 2025-10-29-03:01:51.812.052 Failed to allocate memory.\n        Possible Cause: "
+     "Available memory is insufficient.\n        Solution: Close applications not in use.\n        TraceBack "
+     "(most recent call last):\n", HCCL_SAYS.format(4) + ": EL0004: Failed to allocate memory. Possible Cause: "
+     "Available memory is insufficient. Solution: Close applications not in use"),
+    (HCCL.format(15) + "EE9999: Inner Error!\nEE9999: [PID: 540989] 2025-04-27-03:11:08.269.791 get error: phyid:0 "
+     "is err\n        TraceBack (most recent call last):\n",
+     HCCL_SAYS.format(15) + ": EE9999 get error: phyid:0 is err"),
+    (HCCL.format(1), HCCL_SAYS.format(1)),
+    (NCCL.format("socketStartConnect: Connect to 192.168.19.14<5282> failed : No route to host\nException raised from"),
+     NCCL.splitlines()[0] + ": socketStartConnect: Connect to 192.168.19.14<5282> failed : No route to host"),
+    (NCCL.format("\nException raised from checkForNCCLErrorsInternal at x.cpp:2501"), NCCL.splitlines()[0]),
+    ("[/pytorch/third_party/gloo/gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: n0\nmore",
+     "ifa != nullptr. Unable to find address for: n0"),
+    (f"{'a' * 400}\nEI0001: {'b' * 400}", f"{'a' * 300}: EI0001: {'b' * 292}")])
+def test_the_reason_that_a_library_gives_on_later_lines(text: str, said: str) -> None:
+    """As HCCL and NCCL write: the first line only says which call has failed."""
+    with pytest.raises(ConfigError) as error, reporting_start("hccl", "npu", "on rank 1 of 4"):
+        raise RuntimeError(text)
+    (sentence,) = error.value.problems
+    assert sentence.startswith(f"hccl does not start on rank 1 of 4: {said}; see that every rank is up")
+    assert "\n" not in sentence
 
 
 def test_a_cpu_serves_any_number_of_ranks() -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hccl_failures import HCCP, NO_SOCKET, WAITED
 
 from modellink.cli import VERBS
 from modellink.config import ConfigError
@@ -164,6 +165,38 @@ def test_the_rank_with_a_cause_of_its_own_counts(tmp_path: Path) -> None:
     assert first_failure([early]) == (early, False)
     assert own_error(logs[1]).startswith(f"{start}KeyError") and own_error(logs[1]).endswith("ValueError: bad")
     assert own_error(logs[0]).startswith(f"{start}RuntimeError")
+
+
+FRAMES = 'Traceback (most recent call last):\n  File "train.py", line 1, in <module>\n    step()\n'
+
+
+def test_npu_ranks_that_waited_for_another_are_no_cause(tmp_path: Path) -> None:
+    """They may end first; a failure of HCCL that does not say that it waited stands behind any other cause only."""
+    texts = {"waited": FRAMES + WAITED, "no socket": FRAMES + NO_SOCKET, "hccp": FRAMES + HCCP,
+             "suspect": f"{FRAMES}RuntimeError: step: NPU function error: reason=[suspect remote error], error code is "
+                        "507057\n", "bad": f"{FRAMES}ValueError: bad\n",
+             "sentence": "error: hccl does not start on rank 1 of 4: HCCL function error: x, error code is 4: EL0004: "
+                         "Failed to allocate memory; see that every rank is up\n",
+             "late": "error: hccl does not start on rank 2 of 4: HCCL function error: x, error code is 6: EI0006 "
+                     "Getting socket times out. Reason: Remote Rank; see that every rank is up\n"}
+    ended = {name: Failure(i, 1, float(i), tmp_path / name) for i, name in enumerate(texts)}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+
+    def first(*names: str) -> tuple[str, bool]:
+        failure, own = first_failure([ended[name] for name in names])
+        return failure.log.name, own
+
+    assert first("waited", "no socket", "suspect") == ("waited", False)  # another node's rank was the first
+    assert first("suspect") == ("suspect", False)
+    aborted = [Failure(0, -signal.SIGABRT, 0.0, tmp_path / name) for name in ("waited", "bad")]
+    assert [first_failure([failure, ended["hccp"]])[0].log.name for failure in aborted] == ["hccp", "bad"]
+    assert first("waited", "no socket", "hccp") == ("hccp", True)
+    assert first("waited", "no socket", "hccp", "bad") == ("bad", True)
+    assert first("waited", "hccp", "sentence") == first("sentence", "late") == ("sentence", True)
+    assert first("waited", "late") == ("late", True)
+    message = failure_report([ended["waited"]], [], [], nnodes=2)[0]
+    assert message.startswith("every failed rank of this node lost its connection: look into the logs of the other")
 
 
 def test_a_node_without_a_cause_of_its_own_says_where_to_look(tmp_path: Path) -> None:

@@ -247,7 +247,8 @@ def test_the_end_of_the_group_is_on_the_device_once(operators: Any) -> None:
 
 @pytest.mark.parametrize(("product", "is_fused"), [
     ("Ascend910B1", True), ("Ascend910B2C", True), ("Ascend910_9392", True), ("Ascend950DT", True), ("", True),
-    ("Ascend910A", False), ("Ascend910ProB", False), ("Ascend310P3", False)])
+    ("Ascend910B4-1", True), ("Ascend910A", False), ("Ascend910B", False), ("Ascend910ProB", False),
+    ("Ascend310P3", False)])
 def test_weight_gradient_by_product(operators: Any, product: str, is_fused: bool) -> None:
     situation = Situation("npu", product, wishes=frozenset({"gradient_accumulation_fusion"}))
     (choice,) = [each for each in choose(situation) if each.operation == "weight_gradient"]

@@ -129,6 +129,17 @@ def test_both_languages_have_the_same_commands() -> None:
     assert blocks("README.md")[0] == "make quickstart\nmake test\n"
 
 
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/npu.md", "docs/cuda.md"])
+def test_what_an_owner_of_a_device_installs(page: str) -> None:
+    """The clone, since the package is on no index; for an NPU the release that is pinned, with its CANN."""
+    text = (REPO / page).read_text(encoding="utf-8")
+    assert "install 'modellink[" not in text and re.search(r"pip install -e ['\"]\.\[", text)
+    pinned = re.search(r'"torch-npu==([\d.]+)"', (REPO / "setup.py").read_text())
+    if page != "docs/cuda.md":
+        assert pinned is not None and f"torch-npu {pinned[1]}" in text
+        assert all(words in text for words in ("CANN 9.1.0", "2.12.0", "CANN 8.x"))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_files_named_exist(page: str) -> None:
     text = (REPO / page).read_text(encoding="utf-8")

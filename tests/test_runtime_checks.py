@@ -326,6 +326,71 @@ def test_a_fused_form_that_cannot_compute_the_run(changes: dict, world: int, wor
     prepare("cpu")  # where a wish is only a wish
 
 
+@pytest.mark.parametrize("changes, words, said", [
+    ({}, "--use-flash-attn", "--use-flash-attn: torch's attention cannot compute this run: flash attention takes "
+                             "float16, bfloat16 and not float32"),
+    (WIDE, "--use-flash-attn --bf16", "--use-flash-attn: torch's attention cannot compute this run: flash attention "
+                                      "takes head sizes up to 192 that 8 divides, and not 800"),
+    ({"intermediate_size": 65544}, "--use-fused-swiglu", "--use-fused-swiglu: liger-kernel cannot compute this run: it "
+                                                         "takes rows of up to 65536 features and not 65544")])
+def test_the_rule_of_flags_holds_on_cuda(changes: dict, words: str, said: str, tmp_path: Path) -> None:
+    from tiny import tiny_config
+
+    tiny_config(**changes).save_pretrained(tmp_path)
+    line = f"--model {tmp_path} --mock-data --seq-length 16 --train-iters 1 --lr 1 --device cuda".split()
+
+    def prepare(*words: str) -> Run:
+        return prepare_run(parse_settings("t", "t", [*line, *words]), 1, "train", elsewhere=True)
+
+    with pytest.raises(ConfigError) as error:
+        prepare(*words.split())
+    (sentence,) = error.value.problems
+    assert sentence.startswith(said) and "or leave --use-" in sentence
+    prepare()  # without the flag another form is taken
+    if not changes:
+        prepare("--use-flash-attn", "--use-fused-rmsnorm", "--use-fused-swiglu", "--use-fused-rotary-pos-emb", "--bf16")
+
+
+class Here(CpuDevice):
+    """An NPU of a product, as far as checks before the start ask."""
+
+    name = "npu"
+    product = ""
+
+    def product_name(self) -> str:
+        return self.product
+
+
+@pytest.mark.parametrize("product, words, said", [
+    ("Ascend910A", "--bf16", "--bf16: Ascend910A has no bf16 (Huawei at the launch"),
+    ("Ascend910A", "--fp16 --use-flash-attn", None), ("Ascend910B2", "--bf16", None),
+    # the pages name other numbers of ranks for other products
+    ("Ascend910B2", "--bf16 --use-mc2", "--use-mc2: MC2 cannot compute this run: it takes 2, 4, 8 tensor parallel"),
+    ("Ascend910_9392", "--bf16 --use-mc2", None),
+    # a kernel that the product has not got is a wish, as on a device without it
+    ("Ascend950DT_9582", "--bf16 --use-mc2", None)])
+def test_what_the_product_that_is_here_cannot_do(product: str, words: str, said: str | None, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny import tiny_config
+
+    from modellink.device import select
+
+    monkeypatch.setitem(select._KINDS, "npu", Here)
+    monkeypatch.setattr(Here, "product", product)
+    tiny_config(hidden_size=8192, num_attention_heads=64, num_key_value_heads=64, intermediate_size=8192,
+                num_hidden_layers=1).save_pretrained(tmp_path)
+    line = (f"--model {tmp_path} --mock-data --seq-length 16 --train-iters 1 --lr 1 --device npu --sequence-parallel "
+            f"--tensor-model-parallel-size 16 {words}")
+    settings = parse_settings("t", "t", line.split())
+    if said is None:
+        prepare_run(settings, 16, "train")
+        return
+    with pytest.raises(ConfigError) as error:
+        prepare_run(settings, 16, "train")
+    (sentence,) = error.value.problems
+    assert sentence.startswith(said)
+
+
 def test_symmetric_memory_is_for_sequence_parallel_layers_on_cuda(tmp_path: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused where the flag could have an effect; elsewhere a line says what is used. A rank knows its node."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink.config.errors import ConfigError
-from modellink.launch.report import SENTENCE, TRACEBACK, own_error
+from modellink.launch.report import SENTENCE, TRACEBACK, exception_words, own_error
 
 SHOWN = 100  # characters of a failure in the table; the report has all
 
@@ -42,10 +42,7 @@ class Failure:
             return cls(ConfigError.__name__, text.replace(SENTENCE, ""), log=str(log))
         if not text.startswith(TRACEBACK):
             return cls(how, text, log=str(log))
-        # frames are indented; the last exception of a chain counts
-        frames = text[text.rindex(TRACEBACK):].split("\n")[1:]
-        last = next((i for i, line in enumerate(frames) if line and not line.startswith(" ")), len(frames))
-        name, _, message = "\n".join(frames[last:]).partition(": ")
+        name, _, message = exception_words(text).partition(": ")  # the last exception of a chain counts
         return cls(name.rpartition(".")[2], message, text, str(log))
 
     def __str__(self) -> str:

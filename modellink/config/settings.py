@@ -80,11 +80,12 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """Device and wishes for faster kernels (used where the device has them, otherwise one line says what is used)."""
+    """Device and wishes for faster kernels (used where the device has them, otherwise one line says what is used; in
+    training a precision, size or layout that a kernel of the device cannot compute ends the run)."""
 
     device: str = flag(
         "auto", "where to run; auto takes the best that is usable", choices=["auto", "npu", "cuda", "cpu"])
-    use_flash_attn: bool = flag(False, "wish: fused attention")
+    use_flash_attn: bool = flag(False, "wish: fused attention; on cuda flash attention, which takes bf16 and fp16")
     use_fused_rmsnorm: bool = flag(False, "wish: fused RMSNorm")
     use_fused_rotary_pos_emb: bool = flag(False, "wish: fused rotary embedding")
     use_fused_swiglu: bool = flag(False, "wish: fused SwiGLU")

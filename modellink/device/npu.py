@@ -112,7 +112,8 @@ class NpuDevice:
         return self.namespace.max_memory_allocated()
 
     def product_name(self) -> str:
-        return self.namespace.get_device_name()
+        # all NPUs of a machine are of one kind; asked without a number, torch_npu would start the first one
+        return self.namespace.get_device_name(0)
 
     def rng_state(self) -> torch.Tensor:
         return self.namespace.get_rng_state()

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 class DeviceSpec:
     """Attributes: dense peak rate of matrix products in FLOP/s.
 
-    `bf16_flops` is also the rate in fp16, and that alone where a chip has no bf16.
+    `bf16_flops` is also the rate in fp16, and that alone where `has_bf16` is False.
     """
 
     match: str  # regular expression, found in the product name
     bf16_flops: float
     source: str
+    has_bf16: bool = True
 
 
 CUBES = "cube cores x 16^3 x 2 x clock, third party (verl's flops_counter.py has 354 for every 910B)"
@@ -42,7 +43,8 @@ SPECS = (
     DeviceSpec(r"Ascend910B3", 295e12, f"20 x 1.8 GHz: {CUBES}"),
     DeviceSpec(r"Ascend910B4", 246e12, f"20 x 1.5 GHz: {CUBES}"),
     DeviceSpec(r"Ascend910A\b", 256e12,
-               "Huawei at the launch of the Ascend 910, 2019: 256 TFLOP/s FP16 (the chip has no BF16), 32 GB"),
+               "Huawei at the launch of the Ascend 910, 2019: 256 TFLOP/s FP16 (the chip has no BF16), 32 GB",
+               has_bf16=False),
 )
 
 

@@ -17,6 +17,11 @@ CONSEQUENCE = re.compile(
     r"connection (closed|reset|refused)|closed by (remote )?peer|broken pipe|socket closed|remote process exited|"
     r"recvvalue failed|sendbytes failed|failed to recv, got 0 bytes|gloo[/:]|timed out waiting|watchdog|"
     r"distnetworkerror|process group .*(abort|destroyed)", re.IGNORECASE)
+# a rank that waits for another one through HCCL: CANN's numbers for that (as torch_npu printed them in vllm-ascend's
+# issues 486 and 1443), which stand above CANN's call stack, and torch_npu's own words
+WAITING_NPU = re.compile(r"\bEI000[26]\b|reason=\[?suspect remote error")
+# any other failure of HCCL may be its own cause or not
+HCCL_FAILED = re.compile(r"HCCL function error|\bERR02200\b")
 
 
 @dataclass(frozen=True)
@@ -65,19 +70,35 @@ def own_error(log: Path) -> str:
     return "\n".join(lines[first:])
 
 
+def exception_words(error: str) -> str:
+    """Of what `own_error` gives, the last exception and all lines of its message; without a traceback the whole."""
+    _, found, rest = error.rpartition(TRACEBACK)
+    lines = rest.split("\n")[1:] if found else error.split("\n")
+    # frames are indented
+    last = next((i for i, line in enumerate(lines) if line and not line.startswith(" ")), len(lines)) if found else 0
+    return "\n".join(lines[last:])
+
+
 def first_failure(failures: Sequence[Failure]) -> tuple[Failure, bool]:
     """The failure that caused the others, and whether it has a cause of its own.
 
     A rank whose neighbour dies may notice and exit before the neighbour is done printing; so the earliest rank whose
-    error is not about a lost connection counts. Next come sentences about one: a library that does not start has no
-    other words for it. A traceback about one is a cause of nothing.
+    error is not about a lost connection counts. Next come sentences about one (a library that does not
+    start has no other words for it), and calls of HCCL that fail and do not say that they waited. A traceback about a
+    lost connection is a cause of nothing.
     """
     def standing(failure: Failure) -> int:
         error = own_error(failure.log)
-        # only the last lines name the exception; a traceback passes through files with gloo in their names
-        if failure.code < 0 or not CONSEQUENCE.search("\n".join(error.split("\n")[-5:])):
+        is_sentence = error.startswith(SENTENCE)
+        words = exception_words(error)
+        waited = WAITING_NPU.search(words)
+        # a signal is a cause, but for the one by which torch_npu's watchdog ends the rank after these words
+        if failure.code < 0 and not (waited and failure.code == -signal.SIGABRT):
             return 0
-        return 1 if error.startswith(SENTENCE) else 2
+        # only the last lines name the exception; a traceback passes through files with gloo in their names
+        if CONSEQUENCE.search("\n".join(error.split("\n")[-5:])) or waited:
+            return 1 if is_sentence else 2
+        return int(bool(HCCL_FAILED.search(words)) and not is_sentence)
 
     in_time = sorted(failures, key=lambda failure: failure.seconds)
     first = min(in_time, key=standing)

@@ -29,7 +29,7 @@ def test_all_parts_pass_on_the_simulated_device(tmp_path: Path) -> None:
     assert {row["verdict"] for row in judged} == {"pass"}, done.stdout
     # operators by dtype; collectives, and four products of MC2; curves; logits by precision, and answers in fp32
     assert [sum(row["part"] == part for row in judged) for part in ("operators", "collectives", "curve", "generation")
-            ] == [60, 9, 7, 10]
+            ] == [69, 9, 7, 10]
     assert all(word in done.stdout for word in ("(simulated)", "npu_fusion_attention", "all_reduce", "MC2", "tokens/s"))
     assert "column_linear: MC2" in (tmp_path / "out" / "curve-bf16-tp2-sp-mc2-npu.log").read_text()
 
@@ -40,7 +40,7 @@ def test_kernels_that_refuse_are_failed_rows(tmp_path: Path) -> None:
                           cwd=REPO, env=dict(os.environ), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads((tmp_path / "acceptance.json").read_text())["rows"]
-    assert len(rows) == 60 and {row["verdict"] for row in rows} == {"FAILED"}
+    assert len(rows) == 69 and {row["verdict"] for row in rows} == {"FAILED"}
     assert {row["failure"]["exception"] for row in rows} == {"RuntimeError"}
     said = {row["failure"]["message"].split()[0] for row in rows}
     assert {"aclnnFlashAttentionScore", "aclnnFusedInferAttentionScoreV2", "aclnnSwiGlu"} <= said

@@ -71,6 +71,19 @@ def test_an_hccl_that_does_not_start_for_a_group(tmp_path: Path) -> None:
                                    f"(ranks 0, 1): {words}")
 
 
+NAMED = """
+import torch
+from modellink.device.npu import NpuDevice
+print(NpuDevice().product_name(), torch.npu.is_initialized())
+"""
+
+
+def test_the_product_is_asked_for_without_starting_an_npu() -> None:
+    """Every rank's checks ask before it has its own NPU; the first one would else be started by all."""
+    done = subprocess.run([sys.executable, "-c", NAMED], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-2:] == ["Ascend910B1", "False"], done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("environment, said", [
     ({"LOCAL_WORLD_SIZE": "3"}, "3 ranks on this node, which has 2 visible npu devices: every rank needs one of its"),
     ({"ASCEND_RT_VISIBLE_DEVICES": "1,0"}, "ASCEND_RT_VISIBLE_DEVICES is set to '1,0', but must be device numbers in"),

@@ -51,14 +51,22 @@ def loss_problem(dtype: torch.dtype) -> str | None:
     return triton_missing() or dtype_problem(dtype)
 
 
-def flash_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) -> str | None:
-    """varlen_attn, which runs flash attention only."""
+def flash_shape_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) -> str | None:
+    """Flash attention on a GPU that has it."""
     if dtype not in HALF:
         return f"flash attention takes float16, bfloat16 and not {name_of_dtype(dtype)}"
     if head_dim % 8 or not 8 <= head_dim <= FLASH_HEAD_DIM:
         return f"flash attention takes head sizes up to {FLASH_HEAD_DIM} that 8 divides, and not {head_dim}"
     if heads % groups:
         return f"the heads must be a multiple of the key/value groups, and are {heads} with {groups} groups"
+    return None
+
+
+def flash_problem(dtype: torch.dtype, head_dim: int, heads: int, groups: int) -> str | None:
+    """varlen_attn, which runs flash attention only."""
+    problem = flash_shape_problem(dtype, head_dim, heads, groups)
+    if problem is not None:
+        return problem
     # without a GPU there is nothing to ask: the choice is made for another machine
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < FLASH_CAPABILITY:
         return "flash attention needs compute capability 8.0 (Ampere) or newer"

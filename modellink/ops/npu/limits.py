@@ -32,8 +32,9 @@ GROUPED_WIDTH = 65535
 # the reduced dimension of MC2's products, from and below
 MC2_INNER = (256, 65535)
 MC2_RANKS = {"Atlas A2": (2, 4, 8), "Atlas A3": (2, 4, 8, 16)}
-# product families of the pages -> what a product of the family calls itself
-FAMILIES = {"Atlas A2": r"^Ascend910B", "Atlas A3": r"^Ascend910_93", "Ascend 950": r"^Ascend950"}
+# product families of the pages -> what a product of the family calls itself; a chip of the first generation is called
+# Ascend910B with nothing behind it (torch_npu lists both kinds)
+FAMILIES = {"Atlas A2": r"^Ascend910B\d", "Atlas A3": r"^Ascend910_93", "Ascend 950": r"^Ascend950"}
 
 
 def require(operator: str, problem: str | None) -> None:
