@@ -29,7 +29,7 @@ def groups_in_use(dims: ParallelDims, stage: int, *, is_tied: bool, is_sharded: 
 def single_neighbours(dims: ParallelDims) -> int:
     """Communicators of two ranks for single messages between stages; without interleaving these go in batches.
 
-    Interleaved stages form a ring: one before, one behind. Of two stages both are the same rank, and megatron-core sends
+    Interleaved stages form a ring: one before, one behind. Of two stages both are the same rank, and the core sends
     the two ways through two groups, each with a communicator of its own.
     """
     return 0 if dims.chunks == 1 else 2
