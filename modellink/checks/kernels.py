@@ -18,10 +18,18 @@ Found = tuple[str, str, str | None]
 
 def product_of(device: str) -> str:
     """The vendor's name of a device of this machine, as far as checks ask for it: of an NPU, which need not be started
-    for that."""
-    from modellink.device.select import select_device  # imports torch
+    for that.
 
-    return select_device(device).product_name() if device == "npu" else ""
+    Raises:
+        ConfigError: the NPU does not answer.
+    """
+    from modellink.device.select import select_device  # imports torch
+    from modellink.device.starting import reporting_device
+
+    if device != "npu":
+        return ""
+    with reporting_device(device):
+        return select_device(device).product_name()
 
 
 def check_precision(settings: Settings, product: str, problems: ProblemList) -> None:
