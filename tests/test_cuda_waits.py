@@ -10,6 +10,8 @@ from cuda_environment import DEVICE, need_gpus
 
 from modellink.config.settings import PosttrainSettings
 from modellink.device.copies import queued_copy
+from modellink.inference.request import SamplingSettings
+from modellink.inference.sampling import Sampler
 from modellink.models.gpt import RotaryTable
 from modellink.training.preference import _policy_loss
 
@@ -60,3 +62,14 @@ def test_the_preference_loss() -> None:
     with waits_are_errors():
         total, number, report = _policy_loss(batch, PosttrainSettings(), losses)
     assert number.item() == 2 and report["loss"][1].item() == 2
+
+
+def test_a_sampled_token() -> None:
+    """Penalties, the ban on early stops, every cut and the draw; the token is that of the CPU."""
+    settings = SamplingSettings(greedy=False, temperature=0.7, top_k=200, top_p=0.9, min_p=0.01, min_new_tokens=4,
+                                repetition_penalty=1.2, presence_penalty=0.3, stop_ids=frozenset({7}), seed=5)
+    logits = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    there = logits.to(DEVICE)
+    with waits_are_errors():
+        token = Sampler(settings).choose(there, [1, 2], [3, 4])
+    assert int(token) == int(Sampler(settings).choose(logits, [1, 2], [3, 4]))
