@@ -7,7 +7,6 @@ its exit code and the seconds it took.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from modellink.config.errors import run_command
 from modellink.config.settings import parse_settings
 from modellink.device.select import select_device
+from modellink.launch.ranks import free_port
 from modellink.models.run import Run
 from modellink.parallel.groups import start_groups
 from modellink.parallel.join import join
@@ -85,9 +85,7 @@ def main(folder: Path) -> int:
     from megatron.core import parallel_state  # noqa: F401  # once for all ranks: they are forked
 
     for kind in KINDS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         begin = time.monotonic()
         processes = []
         for rank in range(2):

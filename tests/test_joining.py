@@ -27,6 +27,7 @@ from modellink.device.visible import visibility_problem
 from modellink.doctor import main as doctor
 from modellink.launch.options import parse_job
 from modellink.launch.preflight import check_job
+from modellink.launch.ranks import free_port
 from modellink.launch.report import Failure, first_failure
 from modellink.parallel import join as joining
 from modellink.parallel.join import bind, check_devices, join
@@ -42,12 +43,6 @@ def port() -> Iterator[int]:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         yield taken.getsockname()[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def problem_of_joining(monkeypatch: pytest.MonkeyPatch, rank: int, **environment: str) -> str:

@@ -1,9 +1,7 @@
 """lm-eval's command line on our engine, against its own model of transformers: same requests, scores and texts."""
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from tiny import save_tiny
 
 from modellink.config.errors import ConfigError
 from modellink.evaluation.command import split_backend
+from modellink.launch.ranks import free_port
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'modellink[eval]')")
 REPO = Path(__file__).parents[1]
@@ -94,9 +93,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tasks(folder / "tasks")
     lines = [[*line, "--include_path", str(folder / "tasks")] for line, _ in WRONG]
     (folder / "wrong.json").write_text(json.dumps(lines))
-    with contextlib.ExitStack() as open_ports:
-        sockets = [open_ports.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in LAYOUTS]
-        (folder / "ports.json").write_text(json.dumps([one.getsockname()[1] for one in sockets]))
+    (folder / "ports.json").write_text(json.dumps([free_port() for _ in LAYOUTS]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_DATASETS_OFFLINE": "1",
                    "HF_DATASETS_CACHE": str(folder / "cache")}
     worker = [str(REPO / "tests" / "lm_eval_worker.py"), str(folder)]

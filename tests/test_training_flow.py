@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from tiny import TINY, save_tiny, tiny_config
 
 from modellink.data.indexed import IndexedWriter
 from modellink.device.report import package_lines
+from modellink.launch.ranks import free_port
 
 LAUNCH = [sys.executable, "-m", "modellink.cli", "launch"]
 COMMON = ["--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3",
@@ -149,9 +149,7 @@ def test_a_checkpoint_without_optimizer_state_starts_at_step_0(folder: Path) -> 
 
 def test_two_nodes_with_separate_disks(folder: Path, tmp_path: Path) -> None:
     """Each node has its own copy of the data and its own cache; neither sees the other's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     jobs = []
     for node in range(2):
         disk = tmp_path / f"node{node}"

@@ -1,6 +1,7 @@
 """Starts the ranks of this node through torch's elastic launcher, watches them and ends them together."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -27,6 +28,7 @@ LINE_END = re.compile(rb"(?<=[\n\r])")
 ERROR_WORDS = (b"Traceback (most recent call last)", b"error: ")
 ERROR_START = re.compile(rb"(\[rank\d+\]: ?)?(" + b"|".join(map(re.escape, ERROR_WORDS)) + b")")
 RANK_MARK = b"[rank"
+PORTS = range(15000, 32000)  # free_port takes one of these
 
 
 def may_become_error(start: bytes) -> bool:
@@ -280,7 +282,15 @@ def rank_environments(options: LaunchOptions, nproc: int) -> dict[int, dict[str,
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on.
+
+    It is below those that a kernel gives to connections and to whoever asks for any: seconds pass until rank 0 listens.
+    """
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:  # taken
+                continue
+            return port

@@ -6,13 +6,14 @@ require_simulation()
 
 import json  # noqa: E402
 import os  # noqa: E402
-import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 from ladder import REPO  # noqa: E402
+
+from modellink.launch.ranks import free_port  # noqa: E402
 
 RUN = ["--model", "qwen15-0.5b", "--mock-data", "--seq-length", "16", "--train-iters", "1", "--lr", "1e-3",
        "--device", "npu"]
@@ -55,9 +56,7 @@ def test_an_hccl_that_does_not_start() -> None:
 
 def test_an_hccl_that_does_not_start_for_a_group(tmp_path: Path) -> None:
     """torch_npu's own groups, at their first collective; the other rank waits for the first and ends with it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [subprocess.Popen(
         [sys.executable, str(WORKER), str(tmp_path), *RUN, "--tensor-model-parallel-size", "2"], cwd=REPO, text=True,
         stderr=subprocess.PIPE, env=dict(os.environ, TRUE_GROUPS="1", RANK=str(rank), LOCAL_RANK=str(rank),
