@@ -107,7 +107,7 @@ def test_rows_of_a_cache_by_their_lengths(dtype: torch.dtype, queries: int, leng
     memory = on_device(2, 4, 2, 100, 64, dtype=dtype, seed=1).detach()
     key, value = memory[:, :len(lengths)]
     ends = RowLengths(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max(lengths), lengths)
-    places = ends.device[:, None, None] - queries + torch.arange(queries, device=DEVICE)[:, None]
+    places = ends.counts[:, None, None] - queries + torch.arange(queries, device=DEVICE)[:, None]
     seen = (torch.arange(max(lengths), device=DEVICE) <= places)[:, None]
     torch.testing.assert_close(attend_rows(query, key, value, seen, lengths=ends),
                                reference.attend_rows(query, key, value, seen, lengths=ends), **CLOSE[dtype])

@@ -156,7 +156,7 @@ def test_whole_rows_of_a_cache_with_their_lengths(operators: Any, queries: int) 
     query = leaf(2, 4, queries, 16, dtype=BF16).detach()
     rows = [leaf(2, 2, 12, 16, seed=seed, dtype=BF16).detach() for seed in (1, 2)]
     lengths = RowLengths(torch.tensor([8, 5], dtype=torch.int32), 8, [8, 5])
-    last = lengths.device[:, None, None] - queries + torch.arange(queries)[:, None]
+    last = lengths.counts[:, None, None] - queries + torch.arange(queries)[:, None]
     places = torch.arange(8)[None, None] <= last
     expected = reference.attend_rows(query, *(x[:, :, :8] for x in rows), places[:, None])
     for mask in (None, places[:, None]):
@@ -168,7 +168,7 @@ def test_whole_rows_of_a_cache_with_their_lengths(operators: Any, queries: int) 
             torch.testing.assert_close(got, expected, **CLOSE[BF16])
     for form in (attend_rows, cuda_attention.attend_rows, reference.attend_rows):
         torch.testing.assert_close(form(query, *rows, places[:, None], lengths=lengths), expected, **CLOSE[BF16])
-    device_only = RowLengths(lengths.device, 8)  # the operator takes numbers of the host: the mask says it then
+    device_only = RowLengths(lengths.counts, 8)  # the operator takes numbers of the host: the mask says it then
     torch.testing.assert_close(npu_attention.attend_rows(query, *rows, places[:, None], lengths=device_only), expected,
                                **CLOSE[BF16])
     end = queries + 2

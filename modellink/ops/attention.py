@@ -16,12 +16,12 @@ class RowLengths:
     """Tokens of each row of a cache that a pass reads; all its layers share one.
 
     Attributes:
-        device: [rows] int32, where the rows are.
+        counts: [rows] int32, on the device of the rows.
         longest: no row is longer.
         host: the same numbers on the host; None where only the device knows them, as in a recorded step.
     """
 
-    device: Tensor
+    counts: Tensor
     longest: int
     host: Sequence[int] | None = None
     _starts: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -29,8 +29,8 @@ class RowLengths:
     def starts(self, step: int) -> Tensor:
         """Where rows begin that lie `step` tokens apart, and the end, [rows + 1] int32; made once for all layers."""
         if step not in self._starts:
-            end = len(self.device) * step
-            self._starts[step] = torch.arange(0, end + 1, step, dtype=torch.int32, device=self.device.device)
+            end = len(self.counts) * step
+            self._starts[step] = torch.arange(0, end + 1, step, dtype=torch.int32, device=self.counts.device)
         return self._starts[step]
 
 

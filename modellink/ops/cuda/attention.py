@@ -91,7 +91,7 @@ def attend_lengths(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     # the heads of a group its queries
     window = (-1, 0) if count > 1 else (-1, -1)
     out = varlen_attn(packed, keys, values, lengths.starts(count), lengths.starts(step), count, lengths.longest,
-                      scale=scale, window_size=window, seqused_k=lengths.device, **_grouped(heads, groups))
+                      scale=scale, window_size=window, seqused_k=lengths.counts, **_grouped(heads, groups))
     assert isinstance(out, Tensor)
     return out.view(rows, count, heads, head_dim).transpose(1, 2)
 
