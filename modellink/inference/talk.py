@@ -7,17 +7,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from modellink.config.errors import ConfigError
-from modellink.device.backends import group_place, reporting_start
+from modellink.parallel.groups import host_group
 
 T = TypeVar("T")
 # somebody may think about a question for longer than any collective of a model may take
 PATIENCE = timedelta(days=365)
-
-
-def _all_ranks() -> dist.ProcessGroup:
-    place = group_place(dist.get_rank(), "TALK_GROUP", range(dist.get_world_size()))
-    with reporting_start("gloo", "cpu", place):
-        return dist.new_group(backend="gloo", timeout=PATIENCE, group_desc="TALK_GROUP")
 
 
 class Talk:
@@ -32,7 +26,7 @@ class Talk:
     def __init__(self) -> None:
         self.is_first = dist.get_rank() == 0
         # gloo on every device: what goes over it lies in the host's memory, and waiting costs nothing
-        self._group = _all_ranks() if dist.get_world_size() > 1 else None
+        self._group = host_group("TALK_GROUP", PATIENCE) if dist.get_world_size() > 1 else None
 
     def tell(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank, on every rank.

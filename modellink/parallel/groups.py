@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from modellink.config.errors import ConfigError
+from modellink.device.backends import group_place, reporting_start
 from modellink.device.base import Device
 from modellink.parallel.dims import ParallelDims
 from modellink.parallel.join import bind, check_devices, join
@@ -49,6 +50,20 @@ def pipeline_stage() -> int:
     from megatron.core import parallel_state
 
     return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def host_group(name: str, timeout: timedelta) -> dist.ProcessGroup:
+    """A group of all ranks for tensors in host memory, on every device; every rank of the job makes it.
+
+    Args:
+        name: TALK_GROUP and the like, for errors.
+        timeout: of what goes over it.
+
+    Raises:
+        ConfigError: gloo does not connect the ranks.
+    """
+    with reporting_start("gloo", "cpu", group_place(dist.get_rank(), name, range(dist.get_world_size()))):
+        return dist.new_group(backend="gloo", timeout=timeout, group_desc=name)
 
 
 def seed_everything(seed: int) -> None:

@@ -21,6 +21,7 @@ from modellink.checkpoint.publish import publish_folder, require_space
 from modellink.checkpoint.qwen15 import chunk_rules
 from modellink.checkpoint.rules import HFTensor, Rule
 from modellink.ops.forms import DTYPES
+from modellink.parallel.groups import host_group
 from modellink.training.optimizer import complete_parameters
 from modellink.training.state import TrainState
 
@@ -37,7 +38,7 @@ def save_hf(state: TrainState, folder: Path) -> Path:
     """
     target = Path(folder) / iteration_folder_name(state.progress.step)
     timeout = timedelta(minutes=state.run.settings.parallel.distributed_timeout_minutes)
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    group = host_group("EXPORT_GROUP", timeout)
     with complete_parameters(state.chunks), torch.no_grad():
         if dist.get_rank() == 0:
             _write(state, target, group)
