@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from modellink.patches.ledger import ALL_DEVICES, LEDGER
+
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "modellink"
 # bottom to top; a room imports rooms of lower floors, and on its own floor the rooms to its left
@@ -139,3 +141,10 @@ def test_git_ignores_no_file_of_the_package() -> None:
     done = subprocess.run(["git", "check-ignore", "--no-index", "--stdin"], cwd=REPO, input=names, capture_output=True,
                           text=True)
     assert done.stdout == "", f".gitignore hides {done.stdout}"
+
+
+def test_the_ledger_of_the_page_is_that_of_the_code() -> None:
+    page = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.partition("## The ledger")[2].partition("\n## ")[0]
+    told = dict(re.findall(r"(?m)^\| `([\w-]+)` \| ([\w, ]+) \|", section))
+    assert told == {patch.name: "all" if patch.devices == ALL_DEVICES else ", ".join(patch.devices) for patch in LEDGER}
